@@ -1,0 +1,248 @@
+"""ChatGLM2 configuration: what a checkpoint is.
+
+Field names, defaults and the file format are those of the published ChatGLM2-6B `config.json`. The names that the
+rest of the ecosystem uses for the same things (`num_hidden_layers`, `max_position_embeddings`, ...) work too.
+"""
+
+import dataclasses
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+
+# What the published config.json carries. Converters (TensorRT-LLM, llama.cpp) tell the ChatGLM versions apart by it.
+PUBLISHED_NAME = "THUDM/chatglm2-6b"
+
+# Fields of related architectures that change the maths, with the values under which they change nothing here.
+# A checkpoint that sets one of them to anything else is not a ChatGLM2, and would load to produce nonsense.
+FOREIGN_FIELDS = {
+    "activation_func": ("swiglu",),
+    "attn_logit_softcapping": (None,),
+    "final_logit_softcapping": (None,),
+    "hidden_act": ("silu", "swiglu"),
+    "inner_hidden_size": (),  # ChatGLM-6B
+    "logit_scale": (None, 1.0),
+    "max_sequence_length": (),  # ChatGLM-6B
+    "num_experts": (None, 0),
+    "num_local_experts": (None, 0),
+    "parallel_residual": (None, False),
+    "position_encoding_2d": (None, False),  # ChatGLM-6B
+    "qk_layernorm": (None, False),
+    "sliding_window": (None,),
+    "use_qk_norm": (None, False),
+}
+
+
+@strict
+class ChatGLMConfig(PreTrainedConfig):
+    r"""
+    Configuration of a ChatGLM2 model. The defaults are those of the published class; the published 6B differs from
+    them (32,768 positions, QKV bias, 2 key-value groups), see `config.json`.
+
+    Args:
+        num_layers (`int`): Number of `GLMBlock`s.
+        padded_vocab_size (`int`): Rows of the embedding; the tokenizer uses the first `vocab_size` of them.
+        hidden_size (`int`): Width of the residual stream.
+        ffn_hidden_size (`int`): Width of the MLP after the gate (`dense_h_to_4h` has twice as many rows).
+        kv_channels (`int`): Width of one attention head; even, and half of it is rotated.
+        num_attention_heads (`int`): Number of query heads.
+        seq_length (`int`): Number of positions the model was made for.
+        hidden_dropout, attention_dropout (`float`): Dropout in training.
+        classifier_dropout (`float`, *optional*): Dropout before `classifier_head`.
+        layernorm_epsilon (`float`): Added to the variance in the norms.
+        rmsnorm (`bool`): RMSNorm; LayerNorm if false.
+        apply_residual_connection_post_layernorm (`bool`): Take the residual after the norm rather than before.
+        post_layer_norm (`bool`): Whether there is a norm after the last block.
+        add_bias_linear, add_qkv_bias (`bool`): Biases of all linear layers; of `query_key_value` only.
+        multi_query_attention (`bool`): Fewer key-value heads than query heads.
+        multi_query_group_num (`int`): Number of key-value heads if `multi_query_attention`.
+        fp32_residual_connection (`bool`): Keep the residual stream in float32.
+        quantization_bit (`int`): 4 or 8 in checkpoints that were published quantized; sets `quantization_config`.
+        pre_seq_len (`int`, *optional*): Length of the P-Tuning v2 prefix; freezes everything but the prefix.
+        prefix_projection (`bool`): Compute the prefix by an MLP.
+        original_rope (`bool`): Always true for ChatGLM2; other engines require the key.
+        rope_ratio (`float`): Positions are divided by it (ChatGLM2-6B-32K). ChatGLM3 multiplies the base instead:
+            `rope_parameters={"rope_type": "default", "rope_theta": 10000 * rope_ratio}`.
+        rope_parameters (`dict`, *optional*): The library's RoPE settings (`linear`, `dynamic`, `yarn`, ...). They take
+            precedence over `rope_ratio`.
+
+    `bias_dropout_fusion`, `apply_query_key_layer_scaling` and `attention_softmax_in_fp32` are kept for round trips
+    and have no effect: they chose between kernels of the published code with the same results.
+
+    Raises:
+        ValueError: if a value cannot work (the message names it), or the checkpoint is of another architecture.
+
+    Example:
+
+    ```python
+    >>> config = ChatGLMConfig(num_layers=2, hidden_size=64, num_attention_heads=4, kv_channels=16)
+    >>> config.num_hidden_layers
+    2
+    ```
+    """
+
+    model_type = "chatglm"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = {
+        "head_dim": "kv_channels",
+        "intermediate_size": "ffn_hidden_size",
+        "max_position_embeddings": "seq_length",
+        "num_hidden_layers": "num_layers",
+        "rms_norm_eps": "layernorm_epsilon",
+        "vocab_size": "padded_vocab_size",
+    }
+    # The checkpoint fuses q, k and v, whose unequal blocks a plain column split would tear apart, so attention runs
+    # whole on every rank (its cache is small: 2 groups) and the MLP, three quarters of the weights, is split.
+    base_model_tp_plan = {
+        "embedding.word_embeddings": "embedding_rowwise",
+        "encoder.layers.*.self_attention.query_key_value": "colwise_gather_output",
+        "encoder.layers.*.self_attention.dense": "rowwise_split_input",
+        "encoder.layers.*.mlp.dense_h_to_4h": "packed_colwise",
+        "encoder.layers.*.mlp.dense_4h_to_h": "rowwise",
+        "output_layer": "colwise_gather_output",
+    }
+    base_model_pp_plan = {
+        "embedding": (["input_ids"], ["inputs_embeds"]),
+        "encoder.layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "encoder.final_layernorm": (["hidden_states"], ["hidden_states"]),
+    }
+    base_model_fsdp_plan = {
+        "embedding": "free_full_weight",
+        "encoder.layers.*": "free_full_weight",
+        "encoder.final_layernorm": "keep_full_weight",
+        "output_layer": "keep_full_weight",
+    }
+
+    num_layers: int = 28
+    padded_vocab_size: int = 65024
+    hidden_size: int = 4096
+    ffn_hidden_size: int = 13696
+    kv_channels: int = 128
+    num_attention_heads: int = 32
+    seq_length: int = 2048
+    hidden_dropout: float | int = 0.0
+    classifier_dropout: float | int | None = None
+    attention_dropout: float | int = 0.0
+    layernorm_epsilon: float = 1e-5
+    rmsnorm: bool = True
+    apply_residual_connection_post_layernorm: bool = False
+    post_layer_norm: bool = True
+    add_bias_linear: bool = False
+    add_qkv_bias: bool = False
+    bias_dropout_fusion: bool = True
+    multi_query_attention: bool = False
+    multi_query_group_num: int = 1
+    apply_query_key_layer_scaling: bool = True
+    attention_softmax_in_fp32: bool = True
+    fp32_residual_connection: bool = False
+    quantization_bit: int = 0
+    pre_seq_len: int | None = None
+    prefix_projection: bool = False
+    original_rope: bool = True
+    rope_ratio: float | int = 1.0
+    rope_parameters: dict | None = None
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = 2
+    pad_token_id: int | None = 0
+
+    def __post_init__(self, **kwargs):
+        for name, accepted in FOREIGN_FIELDS.items():
+            if name in kwargs and kwargs[name] not in accepted:
+                raise ValueError(
+                    f"{name}={kwargs[name]!r} belongs to another architecture than ChatGLM2. Load this checkpoint with "
+                    "the code that was published with it."
+                )
+        self._published_name = kwargs.get("_name_or_path") or PUBLISHED_NAME
+        if self.rope_parameters is None and not kwargs.get("rope_scaling"):
+            self.rope_parameters = {"rope_type": "default"}
+            if self.rope_ratio != 1:
+                self.rope_parameters = {"rope_type": "linear", "factor": float(self.rope_ratio)}
+        kwargs.setdefault("partial_rotary_factor", 0.5)
+        if self.quantization_bit and not kwargs.get("quantization_config"):
+            kwargs["quantization_config"] = {"quant_method": "chatglm", "bits": self.quantization_bit}
+        num_key_value_heads = kwargs.pop("num_key_value_heads", None)
+        super().__post_init__(**kwargs)
+        if num_key_value_heads is not None:
+            self.num_key_value_heads = num_key_value_heads
+        self._check()
+
+    def _check(self):
+        """Refuses values that cannot work, with a `ValueError` that names them."""
+        for name in ("num_layers", "padded_vocab_size", "num_attention_heads", "seq_length", "multi_query_group_num"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("hidden_size", "ffn_hidden_size"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
+        for name in ("hidden_dropout", "attention_dropout", "classifier_dropout"):
+            if getattr(self, name) is not None and not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}.")
+        for name in ("layernorm_epsilon", "rope_ratio"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
+        if self.kv_channels < 2 or self.kv_channels % 2:
+            raise ValueError(
+                f"kv_channels must be a positive even number, as RoPE rotates pairs of channels, got {self.kv_channels}."
+            )
+        if self.multi_query_attention and self.num_attention_heads % self.multi_query_group_num:
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) must be divisible by multi_query_group_num "
+                f"({self.multi_query_group_num})."
+            )
+        if self.quantization_bit not in (0, 4, 8):
+            raise ValueError(f"quantization_bit must be 0, 4 or 8, got {self.quantization_bit}.")
+        if self.pre_seq_len is not None and self.pre_seq_len < 1:
+            raise ValueError(f"pre_seq_len must be at least 1, or None for no prefix, got {self.pre_seq_len}.")
+        if not self.original_rope:
+            raise ValueError("original_rope=False is not ChatGLM2's rotary embedding, and is not supported.")
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """Number of heads that keys and values have: `multi_query_group_num`, or all without multi-query attention."""
+        return self.multi_query_group_num if self.multi_query_attention else self.num_attention_heads
+
+    @num_key_value_heads.setter
+    def num_key_value_heads(self, value: int):
+        self.multi_query_attention = value != self.num_attention_heads
+        if self.multi_query_attention:
+            self.multi_query_group_num = value
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        # The library would set these one by one on the finished config: too late for fields that others are derived
+        # from (rope_ratio, quantization_bit), and past the checks.
+        names = {field.name for field in dataclasses.fields(cls)} | set(cls.attribute_map) | {"num_key_value_heads"}
+        overrides = {name: kwargs.pop(name) for name in names & set(kwargs) - {"dtype"}}
+        config_dict = dict(config_dict)
+        for name in overrides:
+            config_dict.pop(cls.attribute_map.get(name, name), None)
+        if "rope_ratio" in overrides:
+            config_dict.pop("rope_parameters", None)
+        # Written for others to read (`to_dict`); here they follow from the fields themselves.
+        for derived, source in (("num_key_value_heads", "multi_query_group_num"), ("head_dim", "kv_channels")):
+            if source in config_dict or source in overrides:
+                config_dict.pop(derived, None)
+        return super().from_dict({**config_dict, **overrides}, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        output = super().to_dict()
+        output.pop("_published_name", None)
+        # Derived, but read from the dict by PEFT's prefix tuning, which otherwise assumes as many as query heads.
+        output["num_key_value_heads"] = self.num_key_value_heads
+        output["head_dim"] = self.kv_channels
+        return output
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        output = super().to_diff_dict()
+        output["_name_or_path"] = self._published_name
+        # SGLang knows the language model by this published name only; the library would write the class's.
+        if output.get("architectures") == ["ChatGLMForConditionalGeneration"]:
+            output["architectures"] = ["ChatGLMModel"]
+        return output
+
+
+__all__ = ["ChatGLMConfig"]

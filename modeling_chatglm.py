@@ -1,0 +1,1243 @@
+"""ChatGLM2: the network, in the order data flows through it, and chat on top of it.
+
+Module and parameter names are those of the published checkpoint. Hidden states are `[batch, seq, hidden]` throughout;
+the published layout, `[seq, batch, ...]`, appears only where a legacy cache tuple is converted.
+"""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.nn import LayerNorm
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import Concatenate, WeightConverter, WeightRenaming
+from transformers.generation import LogitsProcessor, LogitsProcessorList
+from transformers.generation.streamers import BaseStreamer
+from transformers.masking_utils import create_causal_mask, create_masks_for_generate
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+    TokenClassifierOutput,
+)
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import can_return_tuple, logging
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_chatglm import ChatGLMConfig
+
+
+logger = logging.get_logger(__name__)
+
+# Past keys and values as the published code has them: per layer (key, value), each [seq, batch, groups, head_dim].
+LegacyCache = Sequence[tuple[torch.Tensor, torch.Tensor]]
+
+
+class Embedding(nn.Module):
+    """Token embedding."""
+
+    def __init__(self, config: ChatGLMConfig):
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.padded_vocab_size, config.hidden_size)
+
+    def forward(self, input_ids: torch.LongTensor) -> torch.Tensor:
+        return self.word_embeddings(input_ids)
+
+
+class PrefixEncoder(nn.Module):
+    """
+    Trainable keys and values that precede the text in every layer (P-Tuning v2: Liu et al. 2021, arXiv 2110.07602).
+
+    Input: prefix indices, `[batch, pre_seq_len]`. Output: `[batch, pre_seq_len, num_layers * 2 * groups * head_dim]`.
+    """
+
+    def __init__(self, config: ChatGLMConfig):
+        super().__init__()
+        self.prefix_projection = config.prefix_projection
+        kv_size = config.num_layers * 2 * config.num_key_value_heads * config.kv_channels
+        if self.prefix_projection:
+            # As published: the width of the embedding is that of the output, not hidden_size.
+            self.embedding = nn.Embedding(config.pre_seq_len, kv_size)
+            self.trans = nn.Sequential(
+                nn.Linear(kv_size, config.hidden_size), nn.Tanh(), nn.Linear(config.hidden_size, kv_size)
+            )
+        else:
+            self.embedding = nn.Embedding(config.pre_seq_len, kv_size)
+
+    def forward(self, prefix: torch.LongTensor) -> torch.Tensor:
+        past_key_values = self.embedding(prefix)
+        return self.trans(past_key_values) if self.prefix_projection else past_key_values
+
+
+class RotaryEmbedding(nn.Module):
+    """
+    Angles of rotary position embedding (Su et al. 2021, arXiv 2104.09864) for the first half of each head.
+
+    Computed in float32 whatever the model's dtype: the published code computes them in float16, where positions above
+    2,048 are no longer told apart.
+    """
+
+    def __init__(self, config: ChatGLMConfig):
+        super().__init__()
+        self.config = config
+        self.max_seq_len_cached = config.seq_length
+        self.original_max_seq_len = config.seq_length
+        self.rope_type = config.rope_parameters["rope_type"]
+        rope_init_fn = self.compute_default_rope_parameters
+        if self.rope_type != "default":
+            rope_init_fn = ROPE_INIT_FUNCTIONS[self.rope_type]
+        inv_freq, self.attention_scaling = rope_init_fn(config)
+        # The checkpoint holds inv_freq in float16. It is computed anew rather than loaded.
+        self.register_buffer("inv_freq", inv_freq, persistent=False)
+        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
+
+    @staticmethod
+    def compute_default_rope_parameters(config: ChatGLMConfig, device=None, **kwargs) -> tuple[torch.Tensor, float]:
+        """Returns the inverse frequencies, float32 `[rotary_dim / 2]`, and the factor for cos and sin (1)."""
+        dim = int(config.kv_channels * config.rope_parameters["partial_rotary_factor"])
+        exponents = torch.arange(0, dim, 2, dtype=torch.float, device=device) / dim
+        return 1.0 / config.rope_parameters["rope_theta"] ** exponents, 1.0
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, x: torch.Tensor, position_ids: torch.LongTensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns cos and sin in the dtype of `x`, each `[batch, 1, seq, rotary_dim]`, every angle twice in a row."""
+        angles = position_ids[:, None, :, None].float() * self.inv_freq.to(x.device, torch.float)
+        angles = angles.repeat_interleave(2, dim=-1)
+        cos = angles.cos() * self.attention_scaling
+        sin = angles.sin() * self.attention_scaling
+        return cos.to(x.dtype), sin.to(x.dtype)
+
+
+def apply_rotary_pos_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotates the pairs (0, 1), (2, 3), ... of the first channels of `x`, `[batch, heads, seq, head_dim]`."""
+    rotary_dim = cos.shape[-1]
+    x, x_pass = x[..., :rotary_dim], x[..., rotary_dim:]
+    x_rotated = torch.stack((-x[..., 1::2], x[..., 0::2]), dim=-1).flatten(-2)
+    return torch.cat((x * cos + x_rotated * sin, x_pass), dim=-1)
+
+
+class RMSNorm(nn.Module):
+    """RMS normalization (Zhang and Sennrich 2019, arXiv 1910.07467) over the last dimension."""
+
+    def __init__(self, hidden_size: int, eps: float = 1e-5):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        x = hidden_states.float()
+        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+        # Unlike LLaMA's, the weight multiplies before the downcast.
+        return (self.weight * x).to(hidden_states.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{tuple(self.weight.shape)}, eps={self.eps}"
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Attention in plain torch. Keys and values are not copied per head: the query heads that share a group become rows
+    of one product.
+
+    Args:
+        query: `[batch, heads, q_len, head_dim]`.
+        key, value: `[batch, groups, kv_len, head_dim]`.
+        attention_mask: Added to the scores, or boolean with true where attended, `[batch, 1, q_len, kv_len]`.
+
+    Returns:
+        The output, `[batch, q_len, heads, head_dim]`, and the weights, `[batch, heads, q_len, kv_len]`.
+    """
+    batch, heads, q_len, head_dim = query.shape
+    groups, kv_len = key.shape[1], key.shape[2]
+    folded = query.reshape(batch, groups, heads // groups * q_len, head_dim)
+    scores = torch.matmul(folded, key.transpose(2, 3)).view(batch, heads, q_len, kv_len) * scaling
+    if attention_mask is not None:
+        if attention_mask.dtype == torch.bool:
+            scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+        else:
+            scores = scores + attention_mask
+    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    output = torch.matmul(weights.view(batch, groups, heads // groups * q_len, kv_len), value)
+    return output.view(batch, heads, q_len, head_dim).transpose(1, 2).contiguous(), weights
+
+
+class SelfAttention(nn.Module):
+    """Multi-query attention in groups; `query_key_value` is fused as in the checkpoint."""
+
+    def __init__(self, config: ChatGLMConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.kv_channels
+        self.num_heads = config.num_attention_heads
+        self.num_key_value_heads = config.num_key_value_heads
+        self.num_key_value_groups = self.num_heads // self.num_key_value_heads
+        self.multi_query_attention = config.multi_query_attention
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+
+        qkv_size = (self.num_heads + 2 * self.num_key_value_heads) * self.head_dim
+        qkv_bias = config.add_bias_linear or config.add_qkv_bias
+        self.query_key_value = nn.Linear(config.hidden_size, qkv_size, bias=qkv_bias)
+        self.dense = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, bias=config.add_bias_linear)
+
+    def split_qkv(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Splits `[batch, seq, qkv_size]` into query, key and value, each `[batch, heads or groups, seq, head_dim]`."""
+        batch, seq = qkv.shape[:2]
+        if self.multi_query_attention:
+            groups = self.num_key_value_heads
+            heads = qkv.view(batch, seq, -1, self.head_dim).transpose(1, 2)
+            return heads.split((self.num_heads, groups, groups), dim=1)
+        # Without multi-query attention the checkpoint has query, key and value of each head side by side.
+        return qkv.view(batch, seq, self.num_heads, 3 * self.head_dim).transpose(1, 2).chunk(3, dim=-1)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        prefix: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        query, key, value = self.split_qkv(self.query_key_value(hidden_states))
+        query = apply_rotary_pos_emb(query, *position_embeddings)
+        key = apply_rotary_pos_emb(key, *position_embeddings)
+        if prefix is not None:
+            key = torch.cat((prefix[0], key), dim=2)
+            value = torch.cat((prefix[1], value), dim=2)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attention_interface(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.dense(output.reshape(*hidden_states.shape[:-1], -1)), weights
+
+
+class MLP(nn.Module):
+    """SwiGLU (Shazeer 2020, arXiv 2002.05202); gate and up projection are fused."""
+
+    def __init__(self, config: ChatGLMConfig):
+        super().__init__()
+        bias = config.add_bias_linear
+        self.dense_h_to_4h = nn.Linear(config.hidden_size, 2 * config.ffn_hidden_size, bias=bias)
+        self.dense_4h_to_h = nn.Linear(config.ffn_hidden_size, config.hidden_size, bias=bias)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        gate, up = self.dense_h_to_4h(hidden_states).chunk(2, dim=-1)
+        return self.dense_4h_to_h(nn.functional.silu(gate) * up)
+
+
+def build_norm(config: ChatGLMConfig) -> nn.Module:
+    return (RMSNorm if config.rmsnorm else LayerNorm)(config.hidden_size, eps=config.layernorm_epsilon)
+
+
+class GLMBlock(GradientCheckpointingLayer):
+    """One transformer layer. Input and output: `[batch, seq, hidden]`."""
+
+    def __init__(self, config: ChatGLMConfig, layer_idx: int):
+        super().__init__()
+        self.residual_post_layernorm = config.apply_residual_connection_post_layernorm
+        self.fp32_residual_connection = config.fp32_residual_connection
+        self.hidden_dropout = config.hidden_dropout
+        self.input_layernorm = build_norm(config)
+        self.self_attention = SelfAttention(config, layer_idx)
+        self.post_attention_layernorm = build_norm(config)
+        self.mlp = MLP(config)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        hidden_states, normed = self.pre_norm(self.input_layernorm, hidden_states)
+        output, _ = self.self_attention(normed, **kwargs)
+        hidden_states = hidden_states + self.dropout(output)
+
+        hidden_states, normed = self.pre_norm(self.post_attention_layernorm, hidden_states)
+        return hidden_states + self.dropout(self.mlp(normed))
+
+    def pre_norm(self, norm: nn.Module, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the residual and the input of the sublayer."""
+        normed = norm(hidden_states)
+        residual = normed if self.residual_post_layernorm else hidden_states
+        # A float32 residual stream ends before the linear layers, which keep the model's dtype.
+        return residual, normed.to(norm.weight.dtype) if self.fp32_residual_connection else normed
+
+    def dropout(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return nn.functional.dropout(hidden_states, p=self.hidden_dropout, training=self.training)
+
+
+class GLMTransformer(nn.Module):
+    """The stack of layers, and the norm after it."""
+
+    def __init__(self, config: ChatGLMConfig):
+        super().__init__()
+        self.fp32_residual_connection = config.fp32_residual_connection
+        self.layers = nn.ModuleList([GLMBlock(config, i) for i in range(config.num_layers)])
+        self.final_layernorm = build_norm(config) if config.post_layer_norm else None
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        prefix: Sequence[tuple[torch.Tensor, torch.Tensor]] | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        dtype = hidden_states.dtype
+        if self.fp32_residual_connection:
+            hidden_states = hidden_states.float()
+        for i, layer in enumerate(self.layers):
+            hidden_states = layer(hidden_states, prefix=None if prefix is None else prefix[i], **kwargs)
+        if self.final_layernorm is not None:
+            hidden_states = self.final_layernorm(hidden_states)
+        return hidden_states.to(dtype)
+
+
+class FuseQKV(Concatenate):
+    """Fuses separate query, key and value projections of a checkpoint into `query_key_value`, while loading."""
+
+    def convert(self, input_dict, source_patterns, target_patterns, config=None, **kwargs):
+        if config.multi_query_attention:
+            return super().convert(input_dict, source_patterns, target_patterns)
+        # Without multi-query attention, query, key and value of each head are side by side.
+        tensors = (input_dict.pop(pattern) for pattern in source_patterns)
+        tensors = [tensor[0] if isinstance(tensor, list) else tensor for tensor in tensors]
+        heads = [tensor.unflatten(0, (config.num_attention_heads, config.kv_channels)) for tensor in tensors]
+        return {target_patterns[0]: torch.cat(heads, dim=1).flatten(0, 1)}
+
+
+# Other programs write the head under the ecosystem's name, and query, key and value apart. Both load.
+register_checkpoint_conversion_mapping(
+    ChatGLMConfig.model_type,
+    [
+        WeightRenaming(r"^lm_head\.", "transformer.output_layer."),
+        WeightConverter(
+            [f"self_attention.{name}" for name in ("q_proj", "k_proj", "v_proj")],
+            "self_attention.query_key_value",
+            operations=[FuseQKV(dim=0)],
+        ),
+    ],
+    overwrite=True,  # every folder that code is loaded from has its own copy of this module
+)
+
+
+class ChatGLMPreTrainedModel(PreTrainedModel):
+    """What all ChatGLM2 models have in common: what they can do, and how they are loaded."""
+
+    config_class = ChatGLMConfig
+    config: ChatGLMConfig
+    base_model_prefix = "transformer"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["GLMBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": GLMBlock, "attentions": SelfAttention}
+    _keys_to_ignore_on_load_unexpected = [r"rotary_pos_emb\.inv_freq$"]
+
+    @classmethod
+    def from_pretrained(cls, *args, device=None, empty_init=True, **kwargs):
+        """
+        The library's method, with two arguments of the published code: `device`, where to put the model, and
+        `empty_init`, which has no effect as weights are never initialized before they are loaded.
+        """
+        if device is not None:
+            kwargs.setdefault("device_map", {"": device})
+        return super().from_pretrained(*args, **kwargs)
+
+    def save_pretrained(self, *args, save_original_format: bool = False, **kwargs):
+        """The library's method. Writes the published names and shapes, also if the checkpoint loaded had others."""
+        return super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
+
+
+class ChatGLMModel(ChatGLMPreTrainedModel):
+    """
+    The network without a head, except that `output_layer` is its member, as in the checkpoint.
+
+    Args:
+        config (`ChatGLMConfig`): What to build.
+        with_output_layer (`bool`): Whether there is an `output_layer`. Classifiers have none.
+    """
+
+    _tied_weights_keys = {"output_layer.weight": "embedding.word_embeddings.weight"}
+
+    def __init__(self, config: ChatGLMConfig, with_output_layer: bool = True):
+        super().__init__(config)
+        self.embedding = Embedding(config)
+        self.rotary_pos_emb = RotaryEmbedding(config)
+        self.encoder = GLMTransformer(config)
+        self.output_layer = None
+        if with_output_layer:
+            self.output_layer = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False)
+        else:
+            self._tied_weights_keys = None
+        self.gradient_checkpointing = False
+
+        self.pre_seq_len = config.pre_seq_len
+        if self.pre_seq_len is not None:
+            self.requires_grad_(False)
+            self.prefix_encoder = PrefixEncoder(config)
+            self.prefix_dropout = nn.Dropout(0.1)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embedding.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Embedding):
+        self.embedding.word_embeddings = value
+
+    def get_output_embeddings(self) -> nn.Linear | None:
+        return self.output_layer
+
+    def set_output_embeddings(self, value: nn.Linear):
+        self.output_layer = value
+
+    def get_prompt(self, batch_size: int, device, dtype=torch.half) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Returns per layer the (key, value) of the P-Tuning prefix, each `[batch, groups, pre_seq_len, head_dim]`."""
+        prefix = torch.arange(self.pre_seq_len, device=device).expand(batch_size, -1)
+        states = self.prefix_encoder(prefix).type(dtype)
+        states = states.view(
+            batch_size,
+            self.pre_seq_len,
+            2 * self.config.num_layers,
+            self.config.num_key_value_heads,
+            self.config.kv_channels,
+        )
+        states = self.prefix_dropout(states).permute(2, 0, 3, 1, 4)
+        return list(zip(states[0::2], states[1::2]))
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)  # as published: the last hidden state is before the final norm
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        full_attention_mask: torch.BoolTensor | None = None,
+        past_key_values: Cache | LegacyCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        return_legacy_cache: bool = False,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """
+        Args:
+            input_ids: `[batch, seq]`; or else `inputs_embeds`, `[batch, seq, hidden]`.
+            position_ids: `[batch, seq]`. By default they go on from the cache.
+            attention_mask: 1 where attended, `[batch, cached + seq]`, without the P-Tuning prefix; or
+                `[batch, 1, seq, cached + seq]`, boolean or to be added to the scores.
+            full_attention_mask: The published form of the latter: boolean, true where masked.
+            past_key_values: Any cache of the library, or the published tuples of [seq, batch, groups, head_dim].
+            return_legacy_cache: Whether to return the published tuples.
+
+        Returns:
+            `last_hidden_state`, `[batch, seq, hidden]`; `hidden_states`: the embedding and the output of each layer.
+
+        Raises:
+            ValueError: if there is not exactly one of `input_ids` and `inputs_embeds`, or an id is outside the
+                vocabulary (checked on the CPU only, where it is free).
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        if inputs_embeds is None:
+            check_range("input_ids", input_ids, self.config.padded_vocab_size, "the vocabulary (padded_vocab_size)")
+            inputs_embeds = self.embedding(input_ids)
+        batch_size, seq_length = inputs_embeds.shape[:2]
+        if past_key_values is not None and not isinstance(past_key_values, Cache):
+            past_key_values = cache_from_legacy(past_key_values)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+
+        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        prefix, mask_cache = None, past_key_values
+        if self.pre_seq_len is not None:
+            if seen == 0:
+                prefix = self.get_prompt(batch_size, inputs_embeds.device, inputs_embeds.dtype)
+                if past_key_values is None:
+                    # Nothing to keep it in (gradient checkpointing, say): handed to each layer.
+                    mask_cache = DynamicCache()
+                    mask_cache.update(*prefix[0], 0)
+                else:
+                    for layer_idx, (key, value) in enumerate(prefix):
+                        past_key_values.update(key, value, layer_idx)
+                    prefix = None
+            else:
+                seen = seen - self.pre_seq_len
+            if attention_mask is not None and attention_mask.dim() == 2:
+                ones = attention_mask.new_ones((batch_size, self.pre_seq_len))
+                attention_mask = torch.cat((ones, attention_mask), dim=1)
+
+        if position_ids is None:
+            position_ids = (torch.arange(seq_length, device=inputs_embeds.device) + seen)[None]
+        warn_beyond_context(position_ids, self.config.seq_length)
+        if full_attention_mask is not None:
+            attention_mask = ~full_attention_mask.bool()
+        attention_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=mask_cache,
+            position_ids=position_ids,
+        )
+        hidden_states = self.encoder(
+            inputs_embeds,
+            prefix=prefix,
+            attention_mask=attention_mask,
+            position_embeddings=self.rotary_pos_emb(inputs_embeds, position_ids),
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        if return_legacy_cache and past_key_values is not None:
+            past_key_values = cache_to_legacy(past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+
+
+def check_range(name: str, ids: torch.Tensor, limit: int, of_what: str):
+    """Raises `ValueError` for ids outside [0, limit). On the CPU only: elsewhere to look would stall the device."""
+    if ids.device.type != "cpu" or torch.compiler.is_compiling() or ids.numel() == 0:
+        return
+    low, high = (int(x) for x in ids.aminmax())
+    if low < 0 or high >= limit:
+        raise ValueError(
+            f"{name} must be in [0, {limit}), {of_what}, got {low if low < 0 else high}. Was the text encoded with the "
+            "tokenizer of another model?"
+        )
+
+
+def warn_beyond_context(position_ids: torch.Tensor, seq_length: int):
+    if position_ids.device.type != "cpu" or torch.compiler.is_compiling() or position_ids.numel() == 0:
+        return
+    if (last := int(position_ids.max())) >= seq_length:
+        logger.warning_once(
+            f"Position {last} is beyond the {seq_length} that this model was made for (seq_length): expect poor text. "
+            "Shorten the input, or extend the context with rope_parameters (linear, dynamic, yarn) and seq_length."
+        )
+
+
+def cache_from_legacy(past_key_values: LegacyCache) -> DynamicCache:
+    """Converts the published cache: per layer (key, value), each `[seq, batch, groups, head_dim]`."""
+    cache = DynamicCache()
+    for layer_idx, (key, value) in enumerate(past_key_values):
+        cache.update(key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3), layer_idx)
+    return cache
+
+
+def cache_to_legacy(cache: Cache) -> tuple[tuple[torch.Tensor, torch.Tensor], ...]:
+    """The inverse of `cache_from_legacy`."""
+    return tuple((layer.keys.permute(2, 0, 1, 3), layer.values.permute(2, 0, 1, 3)) for layer in cache.layers)
+
+
+class InvalidScoreLogitsProcessor(LogitsProcessor):
+    """
+    Ends the rows whose logits are NaN or infinite, with a warning; the other rows go on.
+
+    Args:
+        eos_token_id (`int`): The token that ends a row.
+    """
+
+    def __init__(self, eos_token_id: int):
+        self.eos_token_id = eos_token_id
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        invalid = ~torch.isfinite(scores).all(dim=-1)
+        if not invalid.any():
+            return scores
+        logger.warning(
+            f"The model's logits are NaN or infinite in row(s) {invalid.nonzero().flatten().tolist()}, which end here. "
+            "Check the weights; on a device where float16 overflows use bfloat16 or float32."
+        )
+        end = torch.full_like(scores, -torch.inf)
+        end[:, self.eos_token_id] = 0
+        return torch.where(invalid[:, None], end, scores)
+
+
+class TokenStreamer(BaseStreamer):
+    """
+    Hands the tokens of each step of `generate`, which runs in a thread of its own, to an iterating consumer.
+
+    Generation waits until the consumer asks for more. So whatever the consumer holds between two steps (a cache, the
+    random state) stands still, and when it stops iterating, generation has stopped too.
+    """
+
+    class Stopped(Exception):
+        pass
+
+    def __init__(self):
+        self._items = queue.SimpleQueue()
+        self._resume = threading.Semaphore(0)
+        self._stopped = False
+        self._prompt_is_next = True
+
+    def put(self, value: torch.Tensor):
+        if self._prompt_is_next:
+            self._prompt_is_next = False
+            return
+        self._items.put(value)
+        self._resume.acquire()
+        if self._stopped:
+            raise self.Stopped
+
+    def end(self):
+        self._items.put(None)
+
+    def run(self, generate: Callable) -> Iterator[torch.Tensor]:
+        """Calls `generate(streamer=self)`, and yields what it puts; exceptions in it are raised here."""
+
+        def target():
+            try:
+                generate(streamer=self)
+            except self.Stopped:
+                pass
+            except BaseException as error:
+                self._items.put(error)
+
+        thread = threading.Thread(target=target, daemon=True)
+        thread.start()
+        try:
+            while (item := self._items.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+                self._resume.release()
+        finally:
+            self._stopped = True
+            self._resume.release()
+            thread.join()
+
+
+@dataclass
+class ChatRecord:
+    """
+    What a cache that `chat` returned holds, so that the next round can tell which part of it still stands.
+
+    Args:
+        ids (`list[int]`): Every id of the context in order, those of answers as they were generated. The cache holds
+            the keys and values of the first ones.
+        rounds (`list[tuple[str, str]]`): The rounds, as returned in the history.
+        ends (`list[int]`): `ids[:ends[i]]` are the rounds up to i.
+    """
+
+    ids: list[int] = field(default_factory=list)
+    rounds: list[tuple[str, str]] = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)
+
+
+class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
+    """
+    The language model, with `chat`.
+
+    Args:
+        config (`ChatGLMConfig`): What to build.
+        empty_init (`bool`): Accepted as in the published code, without effect.
+        device: Where to put the model.
+    """
+
+    _tied_weights_keys = {"transformer.output_layer.weight": "transformer.embedding.word_embeddings.weight"}
+    _tp_plan = {"transformer.output_layer": "colwise_gather_output"}
+    _pp_plan = {"transformer.output_layer": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"transformer.output_layer": "keep_full_weight"}
+
+    def __init__(self, config: ChatGLMConfig, empty_init: bool = True, device=None):
+        super().__init__(config)
+        self.max_sequence_length = config.seq_length
+        self.transformer = ChatGLMModel(config)
+        self.quantized = False
+        self.post_init()
+        if device is not None:
+            self.to(device)
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.transformer.output_layer
+
+    def set_output_embeddings(self, value: nn.Linear):
+        self.transformer.output_layer = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | LegacyCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        return_last_logit: bool = False,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """
+        Args:
+            labels: `[batch, seq]`, -100 where there is no loss. They are shifted here: logits predict the next label.
+            return_last_logit: Compute the logits of the last position only.
+            logits_to_keep: How many positions, from the last, to compute logits of (0: all), or which.
+
+            The others are those of `ChatGLMModel.forward`.
+
+        Returns:
+            `logits`, `[batch, seq, padded_vocab_size]`, and the loss (in float32) if there are `labels`.
+        """
+        outputs: BaseModelOutputWithPast = self.transformer(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        if return_last_logit:
+            logits_to_keep = 1
+        if isinstance(logits_to_keep, int):
+            logits_to_keep = slice(-logits_to_keep, None)
+        elif logits_to_keep.ndim == 2 and logits_to_keep.dtype != torch.bool:
+            logits_to_keep = logits_to_keep[..., None]
+        if isinstance(logits_to_keep, slice) or logits_to_keep.ndim == 1:
+            hidden_states = hidden_states[:, logits_to_keep, :]
+        elif logits_to_keep.dtype == torch.bool:
+            hidden_states = hidden_states[logits_to_keep]
+        else:
+            hidden_states = torch.take_along_dim(hidden_states, logits_to_keep, dim=1)
+        logits = self.transformer.output_layer(hidden_states)
+
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    # Generation: what the library's `generate` has to know of this model
+
+    def _get_logits_processor(self, generation_config, *args, **kwargs) -> LogitsProcessorList:
+        processors = super()._get_logits_processor(generation_config, *args, **kwargs)
+        eos_token_id = generation_config.eos_token_id
+        if eos_token_id is None:
+            return processors
+        eos_token_id = eos_token_id[0] if isinstance(eos_token_id, list) else eos_token_id
+        return LogitsProcessorList([InvalidScoreLogitsProcessor(eos_token_id), *processors])
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, mode, batch_size, max_cache_length):
+        max_cache_length += self.config.pre_seq_len or 0
+        return super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, mode, batch_size, max_cache_length
+        )
+
+    @staticmethod
+    def create_masks_for_generate(config, attention_mask=None, **kwargs):
+        # The P-Tuning prefix enters the cache in the forward, which only then can make the mask.
+        if config.pre_seq_len is not None:
+            return attention_mask
+        return create_masks_for_generate(config=config, attention_mask=attention_mask, **kwargs)
+
+    # Chat
+
+    def process_response(self, response: str) -> str:
+        """Cleans an answer as published: strips it, and fills in the one placeholder that the training data has."""
+        return response.strip().replace("[[训练时间]]", "2023年")
+
+    def build_inputs(self, tokenizer, query: str, history: list[tuple[str, str]] | None = None):
+        """Returns the encoded prompt of a dialogue, on the model's device."""
+        return tokenizer([tokenizer.build_prompt(query, history)], return_tensors="pt").to(self.device)
+
+    def build_stream_inputs(self, tokenizer, query: str, history: list[tuple[str, str]] | None = None):
+        """Returns the encoded prompt of the newest round alone, to go on from a cache that holds the `history`."""
+        prompt = tokenizer.build_prompt(query, history)
+        if not history:
+            return tokenizer([prompt], return_tensors="pt").to(self.device)
+        ids = encode_continuation(tokenizer, prompt[len(rounds_text(tokenizer, history)) :])
+        return tokenizer.pad({"input_ids": [ids]}, return_tensors="pt").to(self.device)
+
+    @torch.no_grad()
+    def chat(
+        self,
+        tokenizer,
+        query: str | list[str],
+        history: list[tuple[str, str]] | list[list[tuple[str, str]]] | None = None,
+        max_length: int = 8192,
+        num_beams: int = 1,
+        do_sample: bool = True,
+        top_p: float = 0.8,
+        temperature: float = 0.8,
+        logits_processor: LogitsProcessorList | None = None,
+        past_key_values: Cache | None = None,
+        return_past_key_values: bool = False,
+        **kwargs,
+    ):
+        """
+        Answers a query.
+
+        Args:
+            tokenizer (`ChatGLMTokenizer`): The model's tokenizer.
+            query (`str`): What the user says; or a list of queries, to be answered together.
+            history (`list[tuple[str, str]]`): Earlier rounds, (query, response); with a list of queries, one for each.
+                The oldest rounds that do not fit into the context are left out, with a warning.
+            max_length (`int`): Limit of prompt and answer together, in tokens. `max_new_tokens` limits the answer.
+            do_sample, top_p, temperature, num_beams: How to choose tokens. Temperature 0 is greedy.
+            logits_processor (`LogitsProcessorList`): Applied before sampling; left as it is.
+            past_key_values (`Cache`): What the last round returned. The part of it that still holds is reused,
+                whatever has become of the history meanwhile.
+            return_past_key_values (`bool`): Whether to return a cache for the next round.
+            kwargs: Any other argument of `generate`, `GenerationConfig`'s included.
+
+        Returns:
+            The response, and the history with this round appended (for a list of queries, lists of them), and the
+            cache if it was asked for.
+
+        Raises:
+            ValueError: if the query is no string or does not fit into the context, the history is of another shape, or
+                the cache is not one that `chat` returned.
+        """
+        options = dict(
+            max_length=max_length, num_beams=num_beams, do_sample=do_sample, top_p=top_p, temperature=temperature
+        )
+        options = self._chat_options(options, logits_processor, kwargs)
+        if not isinstance(query, str) and isinstance(query, Sequence):
+            if past_key_values is not None or return_past_key_values:
+                raise ValueError("A batch of queries has no cache to reuse: leave past_key_values out, or chat singly.")
+            return self._chat_batch(tokenizer, query, history, options)
+
+        history = copy_history(history)
+        cache = self._chat_cache(past_key_values, return_past_key_values, options)
+        record, inputs, options = self._start_round(tokenizer, query, history, cache, options)
+        output = self.generate(**inputs, **options)
+        output = output if isinstance(output, torch.Tensor) else output.sequences
+        ids = output[0].tolist()
+        response = self._finish_round(tokenizer, query, record, ids, inputs["input_ids"].shape[1])
+        history.append((query, response))
+        return (response, history, cache) if return_past_key_values else (response, history)
+
+    @torch.no_grad()
+    def stream_chat(
+        self,
+        tokenizer,
+        query: str,
+        history: list[tuple[str, str]] | None = None,
+        past_key_values: Cache | None = None,
+        max_length: int = 8192,
+        do_sample: bool = True,
+        top_p: float = 0.8,
+        temperature: float = 0.8,
+        logits_processor: LogitsProcessorList | None = None,
+        return_past_key_values: bool = False,
+        **kwargs,
+    ) -> Iterator:
+        """
+        Answers a query, and yields after each token what `chat` would return: the response so far, the history with it
+        and, if asked for, the cache. Stopping early leaves a cache that the next round can reuse.
+
+        The arguments and errors are those of `chat`.
+        """
+        options = dict(max_length=max_length, do_sample=do_sample, top_p=top_p, temperature=temperature)
+        options = self._chat_options(options, logits_processor, kwargs)
+        history = copy_history(history)
+        cache = self._chat_cache(past_key_values, return_past_key_values, options)
+        record, inputs, options = self._start_round(tokenizer, query, history, cache, options)
+        response, prompt_length = None, inputs["input_ids"].shape[1]
+        for output in self.stream_generate(**inputs, **options):
+            ids = output[0].tolist()
+            text = tokenizer.decode(answer_ids(tokenizer, ids[prompt_length:]), skip_special_tokens=True)
+            # The bytes of one character can come as several tokens.
+            if not text.endswith("\ufffd"):
+                response = self._finish_round(tokenizer, query, record, ids, prompt_length)
+                yield self._stream_item(query, response, history, cache, return_past_key_values)
+            else:
+                record.ids = ids
+        last = self._finish_round(tokenizer, query, record, ids, prompt_length)
+        if last != response:
+            yield self._stream_item(query, last, history, cache, return_past_key_values)
+
+    @torch.no_grad()
+    def stream_generate(
+        self,
+        input_ids: torch.LongTensor,
+        generation_config=None,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria=None,
+        prefix_allowed_tokens_fn=None,
+        return_past_key_values: bool = False,
+        **kwargs,
+    ) -> Iterator:
+        """
+        The library's `generate`, step by step: yields `[batch, seq]`, the prompt and all tokens so far, after each
+        (and the cache, if asked for). A row that has ended is filled with `pad_token_id`.
+
+        Args:
+            input_ids (`torch.LongTensor`): The prompt, `[batch, seq]`.
+            return_past_key_values (`bool`): Whether to yield the cache too, which holds all tokens but the last.
+            kwargs: Any other argument of `generate`.
+        """
+        if return_past_key_values and kwargs.get("past_key_values") is None:
+            kwargs["past_key_values"] = DynamicCache(config=self.config)
+
+        def generate(streamer):
+            self.generate(
+                input_ids,
+                generation_config=generation_config,
+                logits_processor=LogitsProcessorList(logits_processor or ()),
+                stopping_criteria=stopping_criteria,
+                prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
+                streamer=streamer,
+                **kwargs,
+            )
+
+        output = input_ids
+        for tokens in TokenStreamer().run(generate):
+            tokens = tokens.view(input_ids.shape[0], -1).to(input_ids.device)
+            output = torch.cat((output, tokens), dim=1)
+            yield (output, kwargs["past_key_values"]) if return_past_key_values else output
+
+    def _chat_options(self, options: dict, logits_processor, kwargs: dict) -> dict:
+        """Merges the arguments of `chat` into those of `generate`."""
+        if kwargs.get("generation_config") is not None:
+            # What the caller left at its default is the generation_config's to say.
+            defaults = dict(max_length=8192, num_beams=1, do_sample=True, top_p=0.8, temperature=0.8)
+            options = {name: value for name, value in options.items() if value != defaults[name]}
+        elif not options["do_sample"] or options["temperature"] == 0:
+            options.update(do_sample=False, top_p=1.0, temperature=1.0)
+        if logits_processor is not None:
+            options["logits_processor"] = LogitsProcessorList(logits_processor)
+        return {**options, **kwargs}
+
+    def _chat_cache(self, past_key_values: Cache | None, return_past_key_values: bool, options: dict) -> Cache | None:
+        """Returns the cache of a chat, with a `ChatRecord` of what is in it."""
+        cache = past_key_values
+        if cache is None:
+            if not return_past_key_values:
+                return None
+            if options.get("cache_implementation") is not None:
+                raise ValueError(
+                    "return_past_key_values=True with cache_implementation: make the cache yourself, and pass it as "
+                    "past_key_values."
+                )
+            cache = DynamicCache(config=self.config)
+        if not isinstance(cache, Cache):
+            raise ValueError(
+                f"past_key_values must be what chat or stream_chat returned, got {type(cache).__name__}: the rounds that "
+                "published tuples hold are not known. Start with past_key_values=None."
+            )
+        if not hasattr(cache, "chat_record"):
+            if int(cache.get_seq_length()):
+                raise ValueError(
+                    "past_key_values is not empty, and was not returned by chat or stream_chat: what it holds is not "
+                    "known. Start with past_key_values=None or an empty cache."
+                )
+            cache.chat_record = ChatRecord()
+        return cache
+
+    def _start_round(
+        self, tokenizer, query: str, history: list[tuple[str, str]], cache: Cache | None, options: dict
+    ) -> tuple[ChatRecord, dict, dict]:
+        """
+        Prepares a round: what is asked, within the limits, and as much of the cache as still holds.
+
+        Returns:
+            The record of the context, the model's inputs and the arguments for `generate`.
+        """
+        self._check_chat(tokenizer, query)
+        old_record = cache.chat_record if cache is not None else ChatRecord()
+        prompt_limit, options = self._limit_length(options)
+        for start in range(len(history) + 1):
+            record = continue_record(tokenizer, old_record, query, history[start:])
+            if len(record.ids) <= prompt_limit:
+                break
+        else:
+            raise ValueError(
+                f"The query is {len(record.ids)} tokens long; at most {prompt_limit} fit (seq_length "
+                f"{self.config.seq_length}, max_length {options['max_length']}). Shorten it, or raise max_length."
+            )
+        if start:
+            logger.warning(
+                f"The dialogue is too long for {prompt_limit} tokens: its {start} oldest of {len(history)} rounds are "
+                "left out of what the model reads."
+            )
+        if "max_new_tokens" in options:
+            limit = len(record.ids) + options.pop("max_new_tokens")
+            options["max_length"] = min(limit, self.config.seq_length)
+        if cache is not None:
+            self._crop_cache(cache, record.ids)
+            cache.chat_record = record
+            options["past_key_values"] = cache
+        input_ids = torch.tensor([record.ids], device=self.device)
+        return record, {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}, options
+
+    def _check_chat(self, tokenizer, query: str):
+        if len(tokenizer) > self.config.padded_vocab_size:
+            raise ValueError(
+                f"The tokenizer has {len(tokenizer)} tokens, the model {self.config.padded_vocab_size} "
+                "(padded_vocab_size): they do not belong together. After adding tokens, call resize_token_embeddings."
+            )
+        if "chatglm3" in self.config._published_name.lower():
+            logger.warning_once(
+                "This is a ChatGLM3 checkpoint. It was trained on another prompt format than ChatGLM2's, which chat "
+                "uses: expect poor answers."
+            )
+        if query == "":
+            logger.warning("The query is empty: the model answers to nothing in particular.")
+
+    def _limit_length(self, options: dict) -> tuple[int, dict]:
+        """Caps the lengths in `options` by the context; returns how long a prompt may be, and the options."""
+        options, context = dict(options), self.config.seq_length
+        generation_config = options.get("generation_config")
+        for name in ("max_new_tokens", "max_length"):
+            if name not in options and getattr(generation_config, name, None) is not None:
+                options[name] = getattr(generation_config, name)
+        if options.get("max_new_tokens") is not None:
+            options["max_length"] = context
+            return max(context - options["max_new_tokens"], context // 2), options
+        options.pop("max_new_tokens", None)
+        max_length = options.get("max_length", 8192)
+        if max_length > context and max_length != 8192:
+            logger.warning(
+                f"max_length={max_length} is beyond the context of {context} tokens (seq_length): the dialogue is kept "
+                f"within {context}."
+            )
+        options["max_length"] = min(max_length, context)
+        return options["max_length"] - 1, options
+
+    def _crop_cache(self, cache: Cache, ids: list[int]):
+        """Leaves in the cache what it holds of the beginning of `ids`, short of the last: that has to be computed."""
+        cached = int(cache.get_seq_length())
+        kept = common_prefix(cache.chat_record.ids[:cached], ids[:-1])
+        if self.config.pre_seq_len is not None:
+            kept = 0  # `generate` would take the P-Tuning prefix in the cache for tokens of the prompt
+        if cached == kept:
+            return
+        if kept and all(type(layer) is DynamicLayer for layer in cache.layers):
+            cache.crop(kept - cached)
+        else:
+            cache.reset()
+
+    def _finish_round(self, tokenizer, query: str, record: ChatRecord, ids: list[int], prompt_length: int) -> str:
+        """Enters an answer, complete or not, into the record, and returns its text."""
+        answer = answer_ids(tokenizer, ids[prompt_length:])
+        response = self.process_response(tokenizer.decode(answer, skip_special_tokens=True))
+        if len(record.rounds) == len(record.ends) and record.ends and record.ends[-1] > prompt_length:
+            record.rounds.pop()
+            record.ends.pop()
+        record.ids = ids
+        record.rounds.append((query, response))
+        record.ends.append(prompt_length + len(answer))
+        return response
+
+    @staticmethod
+    def _stream_item(query, response, history, cache, return_past_key_values):
+        new_history = [*history, (query, response)]
+        return (response, new_history, cache) if return_past_key_values else (response, new_history)
+
+    def _chat_batch(self, tokenizer, queries: Sequence[str], histories, options: dict):
+        """Answers several queries at once, left-padded; see `chat`."""
+        histories = [None] * len(queries) if histories is None else histories
+        if len(histories) != len(queries):
+            raise ValueError(f"There are {len(queries)} queries but {len(histories)} histories; give one for each.")
+        histories = [copy_history(history) for history in histories]
+        if not queries:
+            return [], []
+        rounds = [
+            self._start_round(tokenizer, query, history, None, options) for query, history in zip(queries, histories)
+        ]
+        prompts = [record.ids for record, _, _ in rounds]
+        inputs = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(self.device)
+        prompt_length = inputs["input_ids"].shape[1]
+        # Limits of single rounds count from the beginning of each prompt: padding does not shorten the answers.
+        _, options = self._limit_length(options)
+        if "max_new_tokens" not in options:
+            options["max_new_tokens"] = options["max_length"] - min(len(prompt) for prompt in prompts)
+        options.pop("max_length")
+        outputs = self.generate(**inputs, **options)
+        outputs = outputs if isinstance(outputs, torch.Tensor) else outputs.sequences
+        responses = []
+        for (record, _, single), query, history, output in zip(rounds, queries, histories, outputs.tolist()):
+            ids = record.ids + output[prompt_length:]
+            ids = ids[: single["max_length"]]
+            responses.append(self._finish_round(tokenizer, query, record, ids, len(record.ids)))
+            history.append((query, responses[-1]))
+        return responses, histories
+
+
+def copy_history(history) -> list[tuple[str, str]]:
+    """Copies a history; its contents are checked by `tokenizer.build_prompt`."""
+    if history is not None and (isinstance(history, str) or not isinstance(history, Sequence)):
+        raise ValueError(f"history must be a list of (query, response) pairs, got {type(history).__name__}.")
+    return list(history or ())
+
+
+def rounds_text(tokenizer, rounds: Sequence[tuple[str, str]]) -> str:
+    """Text of complete rounds, up to the end of the last answer; `tokenizer.build_prompt` of one more begins with it."""
+    *earlier, (query, response) = rounds
+    return tokenizer.build_prompt(query, earlier) + response
+
+
+def encode_continuation(tokenizer, text: str) -> list[int]:
+    """Encodes text that follows other text: without the prefix, and the space that SentencePiece begins texts with."""
+    return tokenizer.encode(text, add_special_tokens=False)[1:]
+
+
+def continue_record(tokenizer, record: ChatRecord, query: str, history: Sequence[tuple[str, str]]) -> ChatRecord:
+    """
+    Returns the record of `history` and a new `query`. The rounds at its beginning that `record` knows keep the ids that
+    they were generated with, which may differ from those of their text; the rest is encoded.
+    """
+    prompt = tokenizer.build_prompt(query, history)
+    known = common_prefix(record.rounds, [tuple(pair) for pair in history])
+    if not known:
+        return ChatRecord(ids=tokenizer.encode(prompt))
+    ids = record.ids[: record.ends[known - 1]]
+    ids = ids + encode_continuation(tokenizer, prompt[len(rounds_text(tokenizer, history[:known])) :])
+    return ChatRecord(ids=ids, rounds=record.rounds[:known], ends=record.ends[:known])
+
+
+def answer_ids(tokenizer, ids: list[int]) -> list[int]:
+    """Cuts generated ids before the first `</s>`."""
+    return ids[: ids.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in ids else ids
+
+
+def common_prefix(a: Sequence, b: Sequence) -> int:
+    """Number of items at the beginning of `a` and `b` that are equal."""
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel):
+    """Classifies a text by the hidden state of its last token."""
+
+    _keys_to_ignore_on_load_unexpected = [r"rotary_pos_emb\.inv_freq$", r"output_layer\."]
+
+    def __init__(self, config: ChatGLMConfig, empty_init: bool = True, device=None):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.transformer = ChatGLMModel(config, with_output_layer=False)
+        self.classifier_head = nn.Linear(config.hidden_size, config.num_labels)
+        self.dropout = nn.Dropout(config.classifier_dropout or 0.0)
+        self.post_init()
+        if device is not None:
+            self.to(device)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        full_attention_mask: torch.BoolTensor | None = None,
+        past_key_values: Cache | LegacyCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> SequenceClassifierOutputWithPast:
+        """
+        Args:
+            labels: Classes `[batch]`, several of them `[batch, num_labels]` in floating point, or values to regress.
+
+            The others are those of `ChatGLMModel.forward`.
+
+        Returns:
+            `logits`, `[batch, num_labels]`.
+        """
+        outputs: BaseModelOutputWithPast = self.transformer(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            full_attention_mask=full_attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        # The published code takes the last position, which is padding if that is on the right.
+        last = torch.full(hidden_states.shape[:1], -1, device=hidden_states.device)
+        if attention_mask is not None and attention_mask.dim() == 2:
+            mask = attention_mask[:, -hidden_states.shape[1] :].to(hidden_states.device)
+            last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(dim=-1)
+        pooled = hidden_states[torch.arange(len(hidden_states), device=hidden_states.device), last]
+        logits = self.classifier_head(self.dropout(pooled))
+
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=None, labels=labels, pooled_logits=logits, config=self.config)
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class ChatGLMForTokenClassification(ChatGLMPreTrainedModel):
+    """Classifies each token."""
+
+    _keys_to_ignore_on_load_unexpected = [r"rotary_pos_emb\.inv_freq$", r"output_layer\."]
+
+    def __init__(self, config: ChatGLMConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.transformer = ChatGLMModel(config, with_output_layer=False)
+        self.classifier_head = nn.Linear(config.hidden_size, config.num_labels)
+        self.dropout = nn.Dropout(config.classifier_dropout or 0.0)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(self, input_ids: torch.LongTensor | None = None, labels=None, **kwargs) -> TokenClassifierOutput:
+        """
+        Args:
+            labels: Classes, `[batch, seq]`, -100 where there is no loss.
+
+            The others are those of `ChatGLMModel.forward`.
+
+        Returns:
+            `logits`, `[batch, seq, num_labels]`.
+        """
+        outputs: BaseModelOutputWithPast = self.transformer(input_ids=input_ids, **kwargs)
+        logits = self.classifier_head(self.dropout(outputs.last_hidden_state))
+        loss = self.loss_function(logits, labels, self.config) if labels is not None else None
+        return TokenClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+__all__ = [
+    "ChatGLMForConditionalGeneration",
+    "ChatGLMForSequenceClassification",
+    "ChatGLMForTokenClassification",
+    "ChatGLMModel",
+    "ChatGLMPreTrainedModel",
+]
