@@ -344,14 +344,23 @@ class ChatGLMTokenizer(TokenizersBackend):
         followed by the next round, not by `</s>`, and the model must not learn to write that.
         """
         output = super().apply_chat_template(conversation, *args, **kwargs)
-        if isinstance(output, BatchEncoding) and "assistant_masks" in output and "attention_mask" in output:
-            # The library takes an answer that ends in </s> to reach to the end of the row, padding included.
-            masks, attention = output["assistant_masks"], output["attention_mask"]
-            if hasattr(masks, "shape"):
-                output["assistant_masks"] = masks * attention
-            elif masks and isinstance(masks[0], list):
-                output["assistant_masks"] = [[m * a for m, a in zip(*rows)] for rows in zip(masks, attention)]
+        if isinstance(output, BatchEncoding) and "assistant_masks" in output:
+            self._close_assistant_masks(output)
         return output
+
+    def _close_assistant_masks(self, output: BatchEncoding):
+        # The library finds no character for </s>: it takes the answer to reach to the end of the row, padding included,
+        # and an empty one to be nothing. Only the template writes </s>, so where that is, the answer ends.
+        masks, attention, ids = (output[k] for k in ("assistant_masks", "attention_mask", "input_ids"))
+        if hasattr(masks, "shape"):
+            output["assistant_masks"] = ((masks == 1) | (ids == self.eos_token_id)) * attention
+        elif isinstance(ids[0], list):
+            output["assistant_masks"] = [self._close_mask(*row) for row in zip(masks, attention, ids)]
+        else:
+            output["assistant_masks"] = self._close_mask(masks, attention, ids)
+
+    def _close_mask(self, mask: list[int], attention: list[int], ids: list[int]) -> list[int]:
+        return [int((m or i == self.eos_token_id) and a) for m, a, i in zip(mask, attention, ids)]
 
     def _mark_chat_inputs(self, chat_template, conversations, tools, documents, template_kwargs, *args):
         # Rounds that contain the text of special tokens are encoded as text anyway; marks would change their ids.
@@ -399,7 +408,7 @@ def check_history(history: Sequence[tuple[str, str]] | None) -> list[tuple[str, 
     if isinstance(history, str) or not isinstance(history, Sequence):
         raise ValueError(f"history must be a list of (query, response) pairs, got {type(history).__name__}.")
     for i, pair in enumerate(history):
-        if not (isinstance(pair, Sequence) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
+        if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
             raise ValueError(
                 f"history[{i}] must be a (query, response) pair of strings, got {pair!r}. Messages with roles go "
                 "through tokenizer.apply_chat_template."

@@ -1,0 +1,131 @@
+"""Fixtures. The package is loaded as its users load it: as remote code, by its folder."""
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+
+# Each worker has its own copy of the remote code, or they would write it under each other's eyes.
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="chatglm2-modules-")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ROOT / "checkpoints/tiny"
+SHARED = Path(os.environ.get("CHATGLM2_DATA", ROOT.parent / "shared/data"))
+# The files of a checkpoint folder besides weights and config.json
+CODE_FILES = [path for pattern in ("*_chatglm.py", "*.jinja", "*r_config.json") for path in sorted(ROOT.glob(pattern))]
+
+SMALL = dict(
+    num_layers=2,
+    padded_vocab_size=128,
+    hidden_size=32,
+    ffn_hidden_size=48,
+    kv_channels=8,
+    num_attention_heads=4,
+    multi_query_attention=True,
+    multi_query_group_num=2,
+    add_qkv_bias=True,
+    seq_length=64,
+)
+
+
+def pytest_sessionfinish():
+    shutil.rmtree(os.environ["HF_MODULES_CACHE"], ignore_errors=True)
+
+
+def load_class(name: str):
+    module = {"ChatGLMConfig": "configuration_chatglm", "ChatGLMTokenizer": "tokenization_chatglm"}
+    return get_class_from_dynamic_module(f"{module.get(name, 'modeling_chatglm')}.{name}", ROOT)
+
+
+@pytest.fixture(scope="session")
+def chatglm():
+    """The package: its classes by name, and its modules."""
+    model_class = load_class("ChatGLMForConditionalGeneration")
+    modeling = sys.modules[model_class.__module__]
+    tokenizer_class = load_class("ChatGLMTokenizer")
+    return SimpleNamespace(
+        **{name: getattr(modeling, name) for name in modeling.__all__},
+        ChatGLMConfig=modeling.ChatGLMConfig,
+        ChatGLMTokenizer=tokenizer_class,
+        modeling=modeling,
+        tokenization=sys.modules[tokenizer_class.__module__],
+    )
+
+
+@pytest.fixture(scope="session")
+def small_model(chatglm):
+    """Builds a small random model: `small_model(seed=0, model_class=..., **config)`."""
+
+    def build(seed=0, model_class=chatglm.ChatGLMForConditionalGeneration, attn_implementation=None, **config):
+        torch.manual_seed(seed)
+        config = chatglm.ChatGLMConfig(**{**SMALL, **config})
+        config._attn_implementation = attn_implementation
+        model = model_class(config).eval()
+        with torch.no_grad():  # away from the initial zeros and ones, so that each parameter is seen to count
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * (0.3 if parameter.dim() == 1 else 0.1))
+        return model
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(chatglm):
+    return chatglm.ChatGLMTokenizer.from_pretrained(TINY)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    if not SHARED.is_dir():
+        pytest.skip(f"reference data not at {SHARED} (set CHATGLM2_DATA)")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def golden(shared):
+    """Reads a reference file: `golden("forward")` gives {name: tensor or value}."""
+
+    def read(name: str) -> dict:
+        path = shared / "golden/reference_tiny" / name
+        values = load_file(path.with_suffix(".safetensors"))
+        if path.with_suffix(".json").exists():
+            values.update(json.loads(path.with_suffix(".json").read_text()))
+        return values
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def real_tokenizer(chatglm, shared):
+    template = (ROOT / "chat_template.jinja").read_text()
+    return chatglm.ChatGLMTokenizer(shared / "tokenizer/tokenizer.model", chat_template=template)
+
+
+@pytest.fixture(scope="session")
+def write_checkpoint(tiny_tokenizer):
+    """Writes a checkpoint folder as users have it: code, config.json, tokenizer and the given weights."""
+
+    def write(folder: Path, config: dict, state_dict: dict | None = None) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in CODE_FILES:
+            shutil.copy(path, folder)
+        shutil.copy(TINY / "tokenizer.model", folder)
+        published = json.loads((ROOT / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**published, "torch_dtype": "float32", **config}))
+        if state_dict is not None:
+            save_file({k: v.contiguous() for k, v in state_dict.items()}, folder / "model.safetensors", {"format": "pt"})
+        return folder
+
+    return write
