@@ -134,7 +134,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        x = hidden_states.float()
+        x = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
         x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
         # Unlike LLaMA's, the weight multiplies before the downcast.
         return (self.weight * x).to(hidden_states.dtype)
@@ -174,7 +174,8 @@ def eager_attention_forward(
             scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
         else:
             scores = scores + attention_mask
-    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    softmax_dtype = torch.promote_types(query.dtype, torch.float32)
+    weights = nn.functional.softmax(scores, dim=-1, dtype=softmax_dtype).to(query.dtype)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     output = torch.matmul(weights.view(batch, groups, heads // groups * q_len, kv_len), value)
     return output.view(batch, heads, q_len, head_dim).transpose(1, 2).contiguous(), weights
@@ -217,15 +218,16 @@ class SelfAttention(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        prefix: tuple[torch.Tensor, torch.Tensor] | None = None,
+        prefix_key: torch.Tensor | None = None,
+        prefix_value: torch.Tensor | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         query, key, value = self.split_qkv(self.query_key_value(hidden_states))
         query = apply_rotary_pos_emb(query, *position_embeddings)
         key = apply_rotary_pos_emb(key, *position_embeddings)
-        if prefix is not None:
-            key = torch.cat((prefix[0], key), dim=2)
-            value = torch.cat((prefix[1], value), dim=2)
+        if prefix_key is not None:
+            key = torch.cat((prefix_key, key), dim=2)
+            value = torch.cat((prefix_value, value), dim=2)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
@@ -276,9 +278,15 @@ class GLMBlock(GradientCheckpointingLayer):
         self.post_attention_layernorm = build_norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        prefix_key: torch.Tensor | None = None,
+        prefix_value: torch.Tensor | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
         hidden_states, normed = self.pre_norm(self.input_layernorm, hidden_states)
-        output, _ = self.self_attention(normed, **kwargs)
+        output, _ = self.self_attention(normed, prefix_key=prefix_key, prefix_value=prefix_value, **kwargs)
         hidden_states = hidden_states + self.dropout(output)
 
         hidden_states, normed = self.pre_norm(self.post_attention_layernorm, hidden_states)
@@ -314,7 +322,8 @@ class GLMTransformer(nn.Module):
         if self.fp32_residual_connection:
             hidden_states = hidden_states.float()
         for i, layer in enumerate(self.layers):
-            hidden_states = layer(hidden_states, prefix=None if prefix is None else prefix[i], **kwargs)
+            # Positional, as reentrant gradient checkpointing needs tensors that gradients flow into.
+            hidden_states = layer(hidden_states, *(prefix[i] if prefix is not None else ()), **kwargs)
         if self.final_layernorm is not None:
             hidden_states = self.final_layernorm(hidden_states)
         return hidden_states.to(dtype)

@@ -344,7 +344,7 @@ class ChatGLMTokenizer(TokenizersBackend):
         followed by the next round, not by `</s>`, and the model must not learn to write that.
         """
         output = super().apply_chat_template(conversation, *args, **kwargs)
-        if isinstance(output, BatchEncoding) and "assistant_masks" in output:
+        if isinstance(output, BatchEncoding) and "assistant_masks" in output and "attention_mask" in output:
             self._close_assistant_masks(output)
         return output
 
