@@ -619,7 +619,7 @@ class TokenStreamer(BaseStreamer):
             raise self.Stopped
 
     def end(self):
-        self._items.put(None)
+        pass  # `run` sees `generate` return, also where the library does not call this
 
     def run(self, generate: Callable) -> Iterator[torch.Tensor]:
         """Calls `generate(streamer=self)`, and yields what it puts; exceptions in it are raised here."""
@@ -631,6 +631,8 @@ class TokenStreamer(BaseStreamer):
                 pass
             except BaseException as error:
                 self._items.put(error)
+            else:
+                self._items.put(None)
 
         thread = threading.Thread(target=target, daemon=True)
         thread.start()
@@ -913,6 +915,8 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             return_past_key_values (`bool`): Whether to yield the cache too, which holds all tokens but the last.
             kwargs: Any other argument of `generate`.
         """
+        if (kwargs.get("num_beams") or getattr(generation_config, "num_beams", None) or 1) > 1:
+            raise ValueError("Beam search cannot be streamed, as it may change earlier tokens: use num_beams=1, or chat.")
         if return_past_key_values and kwargs.get("past_key_values") is None:
             kwargs["past_key_values"] = DynamicCache(config=self.config)
 

@@ -1,6 +1,7 @@
 """Fixtures. The package is loaded as its users load it: as remote code, by its folder."""
 
 import json
+import logging
 import os
 import shutil
 import sys
@@ -79,6 +80,17 @@ def small_model(chatglm):
         return model
 
     return build
+
+
+@pytest.fixture
+def logs(caplog):
+    """What the library and the package log; their loggers do not propagate to pytest's."""
+    loggers = [logging.getLogger(name) for name in ("transformers", "transformers_modules")]
+    for logger in loggers:
+        logger.addHandler(caplog.handler)
+    yield caplog
+    for logger in loggers:
+        logger.removeHandler(caplog.handler)
 
 
 @pytest.fixture(scope="session")

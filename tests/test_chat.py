@@ -1,0 +1,372 @@
+"""Chat: the published results, caches that stay right whatever happens between rounds, limits, and bad input."""
+
+import threading
+
+import pytest
+import torch
+from conftest import SMALL
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, StaticCache
+
+
+GREEDY = dict(do_sample=False, max_new_tokens=8)
+QUERIES = ["你好", "Hello, how are you?", "再见"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_tokenizer):
+    return tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def model(small_model, tokenizer):
+    return small_model(11, padded_vocab_size=8064, seq_length=512)
+
+
+def uncached_answer(model, ids, limit=8):
+    """Greedy decoding by forwards over all ids, without a cache."""
+    answer = []
+    while len(answer) < limit:
+        logits = model(torch.tensor([ids + answer]), use_cache=False).logits
+        answer.append(int(logits[0, -1].argmax()))
+        if answer[-1] == 2:
+            break
+    return answer
+
+
+def test_chat_is_generate_on_the_prompt(model, tokenizer):
+    history = [("a", "b")]
+    response, new_history = model.chat(tokenizer, "你好", history, **GREEDY)
+    inputs = model.build_inputs(tokenizer, "你好", history)
+    output = model.generate(**inputs, **GREEDY)[0, inputs["input_ids"].shape[1] :]
+    assert response == model.process_response(tokenizer.decode(output, skip_special_tokens=True))
+    assert new_history == [("a", "b"), ("你好", response)]
+    assert history == [("a", "b")]  # the caller's list is not touched
+
+
+def test_published_position_of_arguments(model, tokenizer):
+    """chat(tokenizer, query, history, max_length, num_beams, do_sample, top_p, temperature, logits_processor)"""
+    response, _ = model.chat(tokenizer, "你好", [], 30, 1, False, 0.8, 0.8, None)
+    *_, (streamed, _) = model.stream_chat(tokenizer, "你好", [], None, 30, False, 0.8, 0.8, None)
+    assert response == streamed
+
+
+def test_stream_chat(model, tokenizer):
+    expected, history = model.chat(tokenizer, "你好", **GREEDY)
+    steps = list(model.stream_chat(tokenizer, "你好", **GREEDY))
+    assert len(steps) > 1
+    assert steps[-1] == (expected, history)
+    for response, history in steps:
+        assert history == [("你好", response)]
+        assert "\ufffd" not in response or response == expected
+
+
+def test_stream_generate(model, tokenizer):
+    inputs = tokenizer(["你好", "Hello there"], return_tensors="pt", padding=True)
+    expected = model.generate(**inputs, **GREEDY)
+    steps = list(model.stream_generate(**inputs, **GREEDY))
+    n = inputs["input_ids"].shape[1]
+    assert [step.shape[1] for step in steps] == list(range(n + 1, n + 9))
+    assert torch.equal(steps[-1], expected)
+    for step in steps:
+        assert torch.equal(step, expected[:, : step.shape[1]])
+    # FastChat passes a plain list of processors
+    (*_, (last, cache)) = model.stream_generate(
+        **inputs, **GREEDY, logits_processor=[KeepProcessor()], return_past_key_values=True
+    )
+    assert torch.equal(last, expected)
+    assert cache.get_seq_length() == expected.shape[1] - 1
+
+
+class KeepProcessor(LogitsProcessor):
+    def __call__(self, input_ids, scores):
+        return scores
+
+
+def test_seeded_sampling(model, tokenizer):
+    answers = []
+    for _ in range(2):
+        torch.manual_seed(7)
+        answers.append(model.chat(tokenizer, "你好", max_new_tokens=8)[0])
+        torch.manual_seed(7)
+        answers.append(list(model.stream_chat(tokenizer, "你好", max_new_tokens=8))[-1][0])
+    assert len(set(answers)) == 1
+    torch.manual_seed(8)
+    assert model.chat(tokenizer, "你好", max_new_tokens=8, temperature=2.0)[0] not in answers
+    greedy = model.chat(tokenizer, "你好", **GREEDY)[0]
+    assert model.chat(tokenizer, "你好", temperature=0, max_new_tokens=8)[0] == greedy
+
+
+def test_options_pass_through(model, tokenizer):
+    processors = LogitsProcessorList([KeepProcessor()])
+    model.chat(tokenizer, "你好", logits_processor=processors, **GREEDY)
+    assert len(processors) == 1  # published: grows at each call
+    plain, _ = model.chat(tokenizer, "你好", **GREEDY)
+    config = GenerationConfig(do_sample=False, max_new_tokens=8, eos_token_id=2, pad_token_id=0)
+    assert model.chat(tokenizer, "你好", generation_config=config)[0] == plain
+    assert model.chat(tokenizer, "你好", cache_implementation="static", **GREEDY)[0] == plain
+    assert model.chat(tokenizer, "你好", prompt_lookup_num_tokens=3, **GREEDY)[0] == plain
+    banned = tokenizer.encode(plain, add_special_tokens=False)[-1]
+    assert model.chat(tokenizer, "你好", suppress_tokens=[banned], **GREEDY)[0] != plain
+    assert isinstance(model.chat(tokenizer, "你好", num_beams=2, **GREEDY)[0], str)
+
+
+# Rounds that reuse the cache
+
+
+def run_rounds(model, tokenizer, chat, check, queries=QUERIES):
+    history, cache = [], None
+    for query in queries:
+        *_, cache_before = (cache,)
+        response, history, cache = chat(query, history, cache_before)
+        check(cache, response)
+    return history
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
+def test_rounds_equal_a_forward_over_the_same_ids(model, tokenizer, stream, attn_implementation):
+    model.set_attn_implementation(attn_implementation)
+
+    def chat(query, history, cache):
+        kwargs = dict(past_key_values=cache, return_past_key_values=True, **GREEDY)
+        if stream:
+            return list(model.stream_chat(tokenizer, query, history, **kwargs))[-1]
+        return model.chat(tokenizer, query, history, **kwargs)
+
+    history, cache, ids = [], None, []
+    for i, query in enumerate(QUERIES, start=1):
+        response, history, cache = chat(query, history, cache)
+        text = f"[Round {i}]\n\n问：{query}\n\n答："
+        if i == 1:
+            ids = tokenizer(text)["input_ids"]
+        else:
+            ids += tokenizer.encode("\n\n" + text, add_special_tokens=False)[1:]
+        answer = uncached_answer(model, ids)
+        ids += [token for token in answer if token != 2]
+        assert cache.chat_record.ids[: len(ids)] == ids
+        assert history[-1] == (query, response)
+        keys = model(torch.tensor([ids])).past_key_values.layers[1].keys
+        n = min(cache.get_seq_length(), len(ids))
+        assert n >= len(ids) - 1
+        torch.testing.assert_close(cache.layers[1].keys[:, :, :n], keys[:, :, :n], atol=1e-4, rtol=1e-4)
+
+
+@pytest.fixture
+def computed(model):
+    """Counts the positions that the model computes."""
+    counts = []
+    hook = model.transformer.embedding.register_forward_hook(lambda module, args, output: counts.append(output.shape[1]))
+    yield counts
+    hook.remove()
+
+
+def test_the_second_round_computes_only_what_is_new(model, tokenizer, computed):
+    _, history, cache = model.chat(tokenizer, "long " * 50, return_past_key_values=True, **GREEDY)
+    computed.clear()
+    model.chat(tokenizer, "b", history, past_key_values=cache, return_past_key_values=True, **GREEDY)
+    assert computed[0] < 25
+
+
+@pytest.mark.parametrize("stop_after", [1, 3])
+def test_interrupted_stream(model, tokenizer, stop_after):
+    """What was shown of the answer is in the history, and exactly that is in the context of the next round."""
+    threads = threading.active_count()
+    for i, (response, history, cache) in enumerate(
+        model.stream_chat(tokenizer, "你好", return_past_key_values=True, **GREEDY), start=1
+    ):
+        if i == stop_after:
+            break
+    assert threading.active_count() == threads
+    shown = cache.chat_record.ids[: cache.chat_record.ends[-1]]
+    assert history == [("你好", response)]
+    assert model.process_response(tokenizer.decode(shown[len(tokenizer(tokenizer.build_prompt("你好"))["input_ids"]) :])) == response
+    _, _, cache = model.chat(
+        tokenizer, "b", history, past_key_values=cache, return_past_key_values=True, **GREEDY
+    )
+    ids = shown + tokenizer.encode("\n\n[Round 2]\n\n问：b\n\n答：", add_special_tokens=False)[1:]
+    assert cache.chat_record.ids == ids + uncached_answer(model, ids)
+
+
+def test_stream_stands_still_between_steps(model, tokenizer):
+    stream = model.stream_chat(tokenizer, "你好", return_past_key_values=True, **GREEDY)
+    _, _, cache = next(stream)
+    length = cache.get_seq_length()
+    threading.Event().wait(0.1)
+    assert cache.get_seq_length() == length
+    stream.close()
+    assert cache.get_seq_length() == length
+
+
+def test_after_max_length(model, tokenizer):
+    """The published cache lacks the last token of an answer that max_length cut."""
+    n = len(tokenizer(tokenizer.build_prompt("你好"))["input_ids"])
+    _, history, cache = model.chat(
+        tokenizer, "你好", max_length=n + 3, do_sample=False, return_past_key_values=True
+    )
+    cut = cache.chat_record.ids
+    assert len(cut) == n + 3
+    _, _, cache = model.chat(tokenizer, "b", history, past_key_values=cache, return_past_key_values=True, **GREEDY)
+    ids = cut + tokenizer.encode("\n\n[Round 2]\n\n问：b\n\n答：", add_special_tokens=False)[1:]
+    assert cache.chat_record.ids == ids + uncached_answer(model, ids)
+
+
+def test_edited_history(model, tokenizer, computed):
+    """Rounds before the edit are reused; from there on the history's text counts."""
+    history, cache = [], None
+    for query in QUERIES:
+        _, history, cache = model.chat(
+            tokenizer, query, history, past_key_values=cache, return_past_key_values=True, **GREEDY
+        )
+    kept = cache.chat_record.ids[: cache.chat_record.ends[0]]
+    edited = [history[0], (QUERIES[1], "An answer that the user has written.")]
+    computed.clear()
+    _, new_history, cache = model.chat(
+        tokenizer, "b", edited, past_key_values=cache, return_past_key_values=True, **GREEDY
+    )
+    tail = f"\n\n[Round 2]\n\n问：{QUERIES[1]}\n\n答：{edited[1][1]}\n\n[Round 3]\n\n问：b\n\n答："
+    ids = kept + tokenizer.encode(tail, add_special_tokens=False)[1:]
+    assert cache.chat_record.ids == ids + uncached_answer(model, ids)
+    assert computed[0] <= len(ids) - len(kept)
+    assert new_history[:2] == edited
+
+    _, _, cache = model.chat(tokenizer, "c", [], past_key_values=cache, return_past_key_values=True, **GREEDY)
+    ids = tokenizer(tokenizer.build_prompt("c"))["input_ids"]
+    assert cache.chat_record.ids == ids + uncached_answer(model, ids)
+
+
+def test_static_cache(model, tokenizer):
+    cache, history = StaticCache(config=model.config, max_cache_len=200), []
+    plain = []
+    for query in QUERIES:
+        _, history, cache = model.chat(
+            tokenizer, query, history, past_key_values=cache, return_past_key_values=True, **GREEDY
+        )
+    for query in QUERIES:
+        *_, plain_cache = model.chat(
+            tokenizer, query, plain, past_key_values=plain_cache if plain else None, return_past_key_values=True, **GREEDY
+        )
+        plain.append(plain_cache.chat_record.rounds[-1])
+    assert history == plain
+
+
+def test_prefix_tuned_rounds(small_model, tokenizer):
+    model = small_model(11, padded_vocab_size=8064, seq_length=512, pre_seq_len=4)
+    _, history, cache = model.chat(tokenizer, "你好", return_past_key_values=True, **GREEDY)
+    with_cache = model.chat(tokenizer, "b", history, past_key_values=cache, return_past_key_values=True, **GREEDY)
+    ids = with_cache[2].chat_record.ids
+    n = len(ids) - 8
+    assert ids[n:] == uncached_answer(model, ids[:n])
+
+
+# Batches
+
+
+def test_batch_equals_single(model, tokenizer):
+    histories = [[], [("a", "b"), ("c", "d")], None]
+    responses, new_histories = model.chat(tokenizer, QUERIES, histories, **GREEDY)
+    for query, history, response, new_history in zip(QUERIES, histories, responses, new_histories):
+        assert (response, new_history) == model.chat(tokenizer, query, history, **GREEDY)
+    limited, _ = model.chat(tokenizer, QUERIES, histories, do_sample=False, max_length=60)
+    assert limited == [model.chat(tokenizer, q, h, do_sample=False, max_length=60)[0] for q, h in zip(QUERIES, histories)]
+    assert model.chat(tokenizer, [], []) == ([], [])
+
+
+# Limits
+
+
+def test_max_new_tokens(model, tokenizer, recwarn, logs):
+    for n in (1, 5):
+        _, _, cache = model.chat(
+            tokenizer, "你好", do_sample=False, max_new_tokens=n, return_past_key_values=True, eos_token_id=None
+        )
+        assert len(cache.chat_record.ids) == len(tokenizer(tokenizer.build_prompt("你好"))["input_ids"]) + n
+    assert "max_length" not in logs.text
+
+
+def test_long_history_is_trimmed_by_rounds(model, tokenizer, logs):
+    history = [(f"query {i} " + "word " * 30, "answer " * 10) for i in range(12)]
+    _, new_history, cache = model.chat(tokenizer, "last", history, return_past_key_values=True, **GREEDY)
+    assert "oldest of 12 rounds" in logs.text
+    assert new_history[:12] == history and new_history[12][0] == "last"  # the caller keeps all of it
+    text = tokenizer.decode(cache.chat_record.ids, skip_special_tokens=True)
+    assert text.startswith("[Round 1]\n\n问：query ") and "last" in text
+    assert len(cache.chat_record.ids) <= 512
+    first = int(text.split("query ")[1].split()[0])
+    with_one_more = tokenizer(tokenizer.build_prompt("last", history[first - 1 :]))["input_ids"]
+    assert len(with_one_more) + 8 > 512  # no more was left out than had to be
+    # The next round goes on from there, and reuses what it can.
+    logs.clear()
+    _, _, cache = model.chat(tokenizer, "b", new_history, past_key_values=cache, return_past_key_values=True, **GREEDY)
+    assert len(cache.chat_record.ids) <= 512
+
+
+def test_query_longer_than_the_context(model, tokenizer):
+    with pytest.raises(ValueError, match=r"The query is \d+ tokens long; at most 511 fit"):
+        model.chat(tokenizer, "word " * 600)
+    with pytest.raises(ValueError, match="max_length 20"):
+        model.chat(tokenizer, "word " * 30, max_length=20)
+
+
+def test_max_length_beyond_the_context(model, tokenizer, logs):
+    model.chat(tokenizer, "你好", max_length=600, do_sample=False, stop_strings=None)
+    assert "max_length=600 is beyond the context of 512" in logs.text
+    logs.clear()
+    next(model.stream_chat(tokenizer, "你好"))  # the default is the 6B's
+    assert "beyond" not in logs.text
+
+
+# Bad input
+
+
+@pytest.mark.parametrize("query", [None, 5, b"bytes"])
+def test_query_is_no_string(model, tokenizer, query):
+    with pytest.raises(ValueError, match="query must be a string"):
+        model.chat(tokenizer, query)
+    with pytest.raises(ValueError, match="query must be a string"):
+        next(model.stream_chat(tokenizer, query))
+
+
+@pytest.mark.parametrize("history", ["text", 3, ["ab"], [("a",)], [("a", None)], [{"role": "user", "content": "a"}]])
+def test_history_of_another_shape(model, tokenizer, history):
+    with pytest.raises(ValueError, match="history"):
+        model.chat(tokenizer, "a", history)
+
+
+def test_lone_surrogate(model, tokenizer):
+    with pytest.raises(ValueError, match="lone surrogate"):
+        model.chat(tokenizer, "a\ud800")
+
+
+def test_empty_query(model, tokenizer, logs):
+    model.chat(tokenizer, "", **GREEDY)
+    assert "query is empty" in logs.text
+
+
+def test_foreign_caches(model, tokenizer):
+    used = DynamicCache()
+    model(torch.tensor([[5, 6, 7]]), past_key_values=used)
+    with pytest.raises(ValueError, match="was not returned by chat"):
+        model.chat(tokenizer, "a", past_key_values=used)
+    with pytest.raises(ValueError, match="published\ntuples|what chat or stream_chat returned"):
+        model.chat(tokenizer, "a", past_key_values=())
+    with pytest.raises(ValueError, match="A batch of queries has no cache"):
+        model.chat(tokenizer, ["a"], return_past_key_values=True)
+    with pytest.raises(ValueError, match="2 queries but 1 histories"):
+        model.chat(tokenizer, ["a", "b"], [[]])
+
+
+def test_tokenizer_of_another_model(small_model, tokenizer):
+    with pytest.raises(ValueError, match="do not belong together"):
+        small_model().chat(tokenizer, "a")
+
+
+def test_chatglm3_checkpoint(chatglm, tokenizer, logs):
+    config = chatglm.ChatGLMConfig(**{**SMALL, "padded_vocab_size": 8064}, _name_or_path="THUDM/chatglm3-6b")
+    chatglm.modeling.logger.warning_once.cache_clear()
+    chatglm.ChatGLMForConditionalGeneration(config).chat(tokenizer, "a", **GREEDY)
+    assert "ChatGLM3 checkpoint" in logs.text
+
+
+def test_errors_in_the_stream_reach_the_caller(model, tokenizer):
+    with pytest.raises(ValueError, match="num_beams"):
+        next(model.stream_chat(tokenizer, "a", num_beams=2))
