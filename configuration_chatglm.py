@@ -106,6 +106,7 @@ class ChatGLMConfig(PreTrainedConfig):
         "embedding": (["input_ids"], ["inputs_embeds"]),
         "encoder.layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
         "encoder.final_layernorm": (["hidden_states"], ["hidden_states"]),
+        "output_layer": (["hidden_states"], ["logits"]),
     }
     base_model_fsdp_plan = {
         "embedding": "free_full_weight",

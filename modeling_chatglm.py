@@ -382,7 +382,10 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         """
         if device is not None:
             kwargs.setdefault("device_map", {"": device})
-        return super().from_pretrained(*args, **kwargs)
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info=True
+        model.base_model.freeze_all_but_prefix()  # the library makes what it loads trainable
+        return loaded
 
     def save_pretrained(self, *args, save_original_format: bool = False, **kwargs):
         """The library's method. Writes the published names and shapes, also if the checkpoint loaded had others."""
@@ -414,10 +417,16 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 
         self.pre_seq_len = config.pre_seq_len
         if self.pre_seq_len is not None:
-            self.requires_grad_(False)
             self.prefix_encoder = PrefixEncoder(config)
             self.prefix_dropout = nn.Dropout(0.1)
+            self.freeze_all_but_prefix()
         self.post_init()
+
+    def freeze_all_but_prefix(self):
+        """With a P-Tuning prefix, makes that alone trainable; without one, does nothing."""
+        if self.pre_seq_len is not None:
+            self.requires_grad_(False)
+            self.prefix_encoder.requires_grad_(True)
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embedding.word_embeddings
@@ -676,9 +685,6 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
     """
 
     _tied_weights_keys = {"transformer.output_layer.weight": "transformer.embedding.word_embeddings.weight"}
-    _tp_plan = {"transformer.output_layer": "colwise_gather_output"}
-    _pp_plan = {"transformer.output_layer": (["hidden_states"], ["logits"])}
-    _fsdp_plan = {"transformer.output_layer": "keep_full_weight"}
 
     def __init__(self, config: ChatGLMConfig, empty_init: bool = True, device=None):
         super().__init__(config)

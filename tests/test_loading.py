@@ -1,0 +1,294 @@
+"""Loading and saving: published checkpoints as they are, the README's idioms, and checkpoints that cannot be right."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, SMALL, TINY
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    pipeline,
+)
+
+
+IDS = torch.tensor([[5, 6, 7, 8]])
+AUTO_CLASSES = {
+    AutoModel: "ChatGLMForConditionalGeneration",
+    AutoModelForCausalLM: "ChatGLMForConditionalGeneration",
+    AutoModelForSeq2SeqLM: "ChatGLMForConditionalGeneration",
+    AutoModelForSequenceClassification: "ChatGLMForSequenceClassification",
+    AutoModelForTokenClassification: "ChatGLMForTokenClassification",
+}
+
+
+@pytest.fixture(scope="module")
+def model(small_model):
+    return small_model(1)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(model, write_checkpoint, tmp_path_factory):
+    """A folder as published, with the published float16 inv_freq among the weights."""
+    state_dict = {**model.state_dict(), "transformer.rotary_pos_emb.inv_freq": torch.zeros(2).half()}
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "small", SMALL, state_dict)
+
+
+def load(path, auto_class=AutoModel, **kwargs):
+    return auto_class.from_pretrained(path, trust_remote_code=True, **kwargs).eval()
+
+
+def same(a, b, ids=IDS):
+    with torch.no_grad():
+        torch.testing.assert_close(a(ids).logits, b(ids).logits, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("auto_class", AUTO_CLASSES)
+def test_auto_classes(checkpoint, model, auto_class, logs):
+    loaded = load(checkpoint, auto_class)
+    assert type(loaded).__name__ == AUTO_CLASSES[auto_class]
+    if "ConditionalGeneration" in AUTO_CLASSES[auto_class]:
+        same(loaded, model)
+        assert "UNEXPECTED" not in logs.text and "MISSING" not in logs.text
+
+
+def test_state_dict_names(model, shared):
+    """The published names, which the 6B's weight index lists."""
+    index = json.loads((shared / "golden/hub_metadata/chatglm2-6b/pytorch_model.bin.index.json").read_text())
+    published = {name for name in index["weight_map"] if ".layers." not in name or ".layers.0." in name or ".layers.1." in name}
+    assert set(model.state_dict()) == published - {"transformer.rotary_pos_emb.inv_freq"}
+
+
+def test_bin_shards(model, write_checkpoint, tmp_path):
+    folder = write_checkpoint(tmp_path / "bin", SMALL)
+    names = sorted(model.state_dict())
+    state_dict = {**model.state_dict(), "transformer.rotary_pos_emb.inv_freq": torch.zeros(2).half()}
+    files = {name: f"pytorch_model-0000{1 + i % 2}-of-00002.bin" for i, name in enumerate(sorted(state_dict))}
+    for file in set(files.values()):
+        torch.save({name: state_dict[name] for name in files if files[name] == file}, folder / file)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    same(load(folder), model)
+    assert names
+
+
+@pytest.mark.parametrize("multi_query_attention", [True, False])
+def test_split_projections(small_model, write_checkpoint, tmp_path, multi_query_attention):
+    """Checkpoints with query, key and value apart, and the head as lm_head, load; and are saved with the published names."""
+    config = {**SMALL, "multi_query_attention": multi_query_attention}
+    model = small_model(2, multi_query_attention=multi_query_attention)
+    state_dict = {}
+    for name, tensor in model.state_dict().items():
+        name = name.replace("transformer.output_layer", "lm_head")
+        if "query_key_value" in name:
+            if multi_query_attention:
+                parts = tensor.split([32, 16, 16])
+            else:
+                parts = [part.flatten(0, 1) for part in tensor.unflatten(0, (4, 3, 8)).unbind(1)]
+            for letter, part in zip("qkv", parts):
+                state_dict[name.replace("query_key_value", f"{letter}_proj")] = part
+        else:
+            state_dict[name] = tensor
+    loaded = load(write_checkpoint(tmp_path / "split", config, state_dict))
+    same(loaded, model)
+    loaded.save_pretrained(tmp_path / "saved")
+    assert set(load_file(tmp_path / "saved/model.safetensors")) == set(model.state_dict())
+
+
+def test_save_and_load(checkpoint, tmp_path):
+    """The same bytes, the code beside them, and a config.json for everybody."""
+    loaded = load(checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=True)
+    loaded.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    first = load_file(tmp_path / "model.safetensors")
+    again = load(tmp_path)
+    again.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "model.safetensors").read_bytes() == (tmp_path / "again/model.safetensors").read_bytes()
+    assert {name: t.dtype for name, t in first.items()} == {name: t.dtype for name, t in loaded.state_dict().items()}
+    files = {path.name for path in tmp_path.iterdir()}
+    assert files >= {
+        "configuration_chatglm.py",
+        "modeling_chatglm.py",
+        "tokenization_chatglm.py",
+        "config.json",
+        "generation_config.json",
+        "chat_template.jinja",
+        "tokenizer.model",
+    }
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["architectures"] == ["ChatGLMModel"]
+    published = json.loads((ROOT / "config.json").read_text())
+    assert config["auto_map"] == published["auto_map"]
+
+
+def test_push_to_hub_carries_everything(checkpoint, tmp_path, monkeypatch):
+    """Up to the request: what would be uploaded is what a user needs."""
+    uploaded = set()
+
+    def upload(self, working_dir, repo_id, files_timestamps, **kwargs):
+        import os
+
+        uploaded.update(os.listdir(working_dir))
+
+    loaded = load(checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=True)
+    for item in (loaded, tokenizer):
+        cls = type(item)
+        monkeypatch.setattr(cls, "_upload_modified_files", upload, raising=True)
+    import huggingface_hub
+
+    class Repo:
+        repo_id = "user/model"
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda self, *args, **kwargs: Repo())
+    for item in (loaded, tokenizer):
+        item.save_pretrained(tmp_path / "model", push_to_hub=True, repo_id="user/model")
+    assert uploaded >= {"modeling_chatglm.py", "model.safetensors", "config.json", "tokenizer.model", "tokenization_chatglm.py"}
+
+
+def test_sequence_classification_checkpoint(checkpoint, tmp_path):
+    loaded = load(checkpoint, AutoModelForSequenceClassification, num_labels=3)
+    assert loaded.classifier_head.weight.shape == (3, 32)
+    loaded.save_pretrained(tmp_path)
+    again = load(tmp_path, AutoModelForSequenceClassification)
+    same(again, loaded)
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["ChatGLMForSequenceClassification"]
+
+
+# The first-party README's idioms
+
+
+def test_published_idioms(checkpoint, model):
+    same(load(checkpoint, device="cpu"), model)
+    same(load(checkpoint, empty_init=False), model)
+    same(load(checkpoint, device_map="cpu"), model)
+    half = load(checkpoint).half()
+    assert half.dtype == torch.float16 and half.transformer.rotary_pos_emb.inv_freq.max() == 1
+    assert load(checkpoint).float()(IDS).logits.dtype == torch.float32
+    assert load(checkpoint).bfloat16().dtype == torch.bfloat16
+    same(load(checkpoint, attn_implementation="eager"), model)
+    same(load(checkpoint, low_cpu_mem_usage=True, torch_dtype=torch.float32), model)
+    if not torch.cuda.is_available():
+        with pytest.raises((RuntimeError, AssertionError)):
+            load(checkpoint).half().cuda()
+    if not torch.backends.mps.is_available():
+        with pytest.raises(RuntimeError):
+            load(checkpoint).to("mps")
+
+
+def test_default_dtype_is_the_checkpoints(model, write_checkpoint, tmp_path):
+    half = {name: tensor.half() for name, tensor in model.state_dict().items()}
+    assert load(write_checkpoint(tmp_path / "half", {**SMALL, "torch_dtype": "float16"}, half)).dtype == torch.float16
+
+
+def test_constructor_arguments(chatglm):
+    config = chatglm.ChatGLMConfig(**SMALL)
+    model = chatglm.ChatGLMForConditionalGeneration(config, empty_init=False, device="cpu")
+    assert model.device.type == "cpu" and model.max_sequence_length == 64
+
+
+def test_prefix_tuning_as_published(checkpoint, model, tmp_path):
+    """As the published scripts: a fresh prefix on a base checkpoint, trained, its weights saved alone and loaded back."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=True, pre_seq_len=6)
+    tuned = AutoModel.from_pretrained(checkpoint, config=config, trust_remote_code=True).eval()
+    assert [n for n, p in tuned.named_parameters() if p.requires_grad] == [
+        "transformer.prefix_encoder.embedding.weight"
+    ]
+    torch.nn.init.normal_(tuned.transformer.prefix_encoder.embedding.weight)
+    prefix = {n: p for n, p in tuned.state_dict().items() if n.startswith("transformer.prefix_encoder.")}
+    torch.save(prefix, tmp_path / "pytorch_model.bin")
+
+    other = AutoModel.from_pretrained(checkpoint, config=config, trust_remote_code=True).eval()
+    loaded = torch.load(tmp_path / "pytorch_model.bin")
+    other.transformer.prefix_encoder.load_state_dict(
+        {n.removeprefix("transformer.prefix_encoder."): t for n, t in loaded.items()}
+    )
+    same(other, tuned)
+    assert not torch.allclose(tuned(IDS).logits, model(IDS).logits)
+
+
+def test_explicit_device_map(checkpoint, model):
+    names = ["embedding.word_embeddings", "rotary_pos_emb", "encoder.final_layernorm", "output_layer"]
+    names += [f"encoder.layers.{i}" for i in range(2)]
+    same(load(checkpoint, device_map={f"transformer.{name}": "cpu" for name in names}), model)
+
+
+def test_disk_offload(checkpoint, model, tmp_path):
+    device_map = {"transformer.embedding": "cpu", "transformer.rotary_pos_emb": "cpu", "transformer.output_layer": "cpu"}
+    device_map |= {"transformer.encoder.layers.0": "disk", "transformer.encoder.layers.1": "cpu"}
+    device_map |= {"transformer.encoder.final_layernorm": "cpu"}
+    same(load(checkpoint, device_map=device_map, offload_folder=str(tmp_path)), model)
+
+
+def test_pipeline(checkpoint):
+    generator = pipeline("text-generation", model=load(checkpoint), tokenizer=AutoTokenizer.from_pretrained(TINY, trust_remote_code=True))
+    generator.model.resize_token_embeddings(8064)
+    assert generator("你好", max_new_tokens=3, do_sample=False)[0]["generated_text"].startswith("你好")
+    chat = generator([{"role": "user", "content": "hi"}], max_new_tokens=3, do_sample=False)
+    assert chat[0]["generated_text"][-1]["role"] == "assistant"
+
+
+def test_no_circular_or_hidden_dependencies(checkpoint):
+    """A fresh process loads the folder with nothing of the repository on its path."""
+    code = (
+        "import sys; from transformers import AutoModel, AutoTokenizer\n"
+        "m = AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
+        "t = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
+        "print(type(m).__name__, t('hi')['input_ids'])"
+    )
+    output = subprocess.run(
+        [sys.executable, "-c", code, str(checkpoint)], capture_output=True, text=True, cwd=checkpoint.parent, timeout=120
+    )
+    assert output.stdout.startswith("ChatGLMForConditionalGeneration"), output.stderr
+
+
+# Bad input
+
+
+def test_missing_tensor(model, write_checkpoint, tmp_path, logs):
+    state_dict = model.state_dict()
+    del state_dict["transformer.encoder.layers.1.mlp.dense_4h_to_h.weight"]
+    load(write_checkpoint(tmp_path / "missing", SMALL, state_dict))
+    assert "transformer.encoder.layers.1.mlp.dense_4h_to_h.weight" in logs.text and "MISSING" in logs.text
+
+
+def test_unknown_tensor(model, write_checkpoint, tmp_path, logs):
+    load(write_checkpoint(tmp_path / "extra", SMALL, {**model.state_dict(), "transformer.extra.weight": torch.ones(2)}))
+    assert "transformer.extra.weight" in logs.text and "UNEXPECTED" in logs.text
+
+
+def test_tensor_of_another_shape(model, write_checkpoint, tmp_path):
+    state_dict = {**model.state_dict(), "transformer.output_layer.weight": torch.ones(5, 32)}
+    with pytest.raises(RuntimeError, match="transformer.output_layer.weight|mismatch"):
+        load(write_checkpoint(tmp_path / "shape", SMALL, state_dict))
+
+
+def test_truncated_weights(checkpoint, write_checkpoint, model, tmp_path):
+    folder = write_checkpoint(tmp_path / "cut", SMALL, model.state_dict())
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(Exception, match="(?i)incomplete|truncat|safetensors|corrupt|invalid"):
+        load(folder)
+
+
+def test_chatglm_6b_is_refused(write_checkpoint, tmp_path):
+    """The first generation: other positions, masks and residuals under the same model_type."""
+    config = {**SMALL, "position_encoding_2d": True, "inner_hidden_size": 48, "max_sequence_length": 2048}
+    with pytest.raises(ValueError, match="another architecture"):
+        load(write_checkpoint(tmp_path / "chatglm-6b", config))
+
+
+def test_weights_of_another_model(write_checkpoint, tmp_path, logs):
+    folder = write_checkpoint(tmp_path / "other", SMALL)
+    save_file({"model.layers.0.mlp.weight": torch.ones(2, 2)}, folder / "model.safetensors", {"format": "pt"})
+    load(folder)
+    assert "MISSING" in logs.text and "UNEXPECTED" in logs.text
