@@ -922,7 +922,9 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             kwargs: Any other argument of `generate`.
         """
         if (kwargs.get("num_beams") or getattr(generation_config, "num_beams", None) or 1) > 1:
-            raise ValueError("Beam search cannot be streamed, as it may change earlier tokens: use num_beams=1, or chat.")
+            raise ValueError(
+                "Beam search cannot be streamed, as it may change earlier tokens: use num_beams=1, or chat."
+            )
         if return_past_key_values and kwargs.get("past_key_values") is None:
             kwargs["past_key_values"] = DynamicCache(config=self.config)
 
@@ -1059,9 +1061,9 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             kept = 0  # `generate` would take the P-Tuning prefix in the cache for tokens of the prompt
         if cached == kept:
             return
-        if kept and all(type(layer) is DynamicLayer for layer in cache.layers):
+        if all(type(layer) is DynamicLayer for layer in cache.layers):
             cache.crop(kept - cached)
-        else:
+        else:  # a static cache cannot be cropped
             cache.reset()
 
     def _finish_round(self, tokenizer, query: str, record: ChatRecord, ids: list[int], prompt_length: int) -> str:

@@ -50,7 +50,9 @@ class SPTokenizer:
             )
         with open(model_path, "rb") as file:
             proto = file.read()
-        remedy = f"Download tokenizer.model of THUDM/chatglm2-6b again (1,018,370 bytes; {model_path} has {len(proto):,})."
+        remedy = (
+            f"Download tokenizer.model of THUDM/chatglm2-6b again (1,018,370 bytes; {model_path} has {len(proto):,})."
+        )
         if proto.startswith(b"version https://git-lfs"):
             raise ValueError(f"{model_path} is a Git LFS pointer, not the model: run `git lfs pull`.")
         self.sp_model = sentencepiece.SentencePieceProcessor()

@@ -137,7 +137,9 @@ def write_checkpoint(tiny_tokenizer):
         published = json.loads((ROOT / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**published, "torch_dtype": "float32", **config}))
         if state_dict is not None:
-            save_file({k: v.contiguous() for k, v in state_dict.items()}, folder / "model.safetensors", {"format": "pt"})
+            save_file(
+                {k: v.contiguous() for k, v in state_dict.items()}, folder / "model.safetensors", {"format": "pt"}
+            )
         return folder
 
     return write

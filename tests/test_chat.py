@@ -4,8 +4,9 @@ import threading
 
 import pytest
 import torch
-from conftest import SMALL
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, StaticCache
+
+from conftest import SMALL
 
 
 GREEDY = dict(do_sample=False, max_new_tokens=8)
@@ -113,15 +114,6 @@ def test_options_pass_through(model, tokenizer):
 # Rounds that reuse the cache
 
 
-def run_rounds(model, tokenizer, chat, check, queries=QUERIES):
-    history, cache = [], None
-    for query in queries:
-        *_, cache_before = (cache,)
-        response, history, cache = chat(query, history, cache_before)
-        check(cache, response)
-    return history
-
-
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
 def test_rounds_equal_a_forward_over_the_same_ids(model, tokenizer, stream, attn_implementation):
@@ -155,7 +147,9 @@ def test_rounds_equal_a_forward_over_the_same_ids(model, tokenizer, stream, attn
 def computed(model):
     """Counts the positions that the model computes."""
     counts = []
-    hook = model.transformer.embedding.register_forward_hook(lambda module, args, output: counts.append(output.shape[1]))
+    hook = model.transformer.embedding.register_forward_hook(
+        lambda module, args, output: counts.append(output.shape[1])
+    )
     yield counts
     hook.remove()
 
@@ -179,10 +173,11 @@ def test_interrupted_stream(model, tokenizer, stop_after):
     assert threading.active_count() == threads
     shown = cache.chat_record.ids[: cache.chat_record.ends[-1]]
     assert history == [("你好", response)]
-    assert model.process_response(tokenizer.decode(shown[len(tokenizer(tokenizer.build_prompt("你好"))["input_ids"]) :])) == response
-    _, _, cache = model.chat(
-        tokenizer, "b", history, past_key_values=cache, return_past_key_values=True, **GREEDY
+    assert (
+        model.process_response(tokenizer.decode(shown[len(tokenizer(tokenizer.build_prompt("你好"))["input_ids"]) :]))
+        == response
     )
+    _, _, cache = model.chat(tokenizer, "b", history, past_key_values=cache, return_past_key_values=True, **GREEDY)
     ids = shown + tokenizer.encode("\n\n[Round 2]\n\n问：b\n\n答：", add_special_tokens=False)[1:]
     assert cache.chat_record.ids == ids + uncached_answer(model, ids)
 
@@ -200,9 +195,7 @@ def test_stream_stands_still_between_steps(model, tokenizer):
 def test_after_max_length(model, tokenizer):
     """The published cache lacks the last token of an answer that max_length cut."""
     n = len(tokenizer(tokenizer.build_prompt("你好"))["input_ids"])
-    _, history, cache = model.chat(
-        tokenizer, "你好", max_length=n + 3, do_sample=False, return_past_key_values=True
-    )
+    _, history, cache = model.chat(tokenizer, "你好", max_length=n + 3, do_sample=False, return_past_key_values=True)
     cut = cache.chat_record.ids
     assert len(cut) == n + 3
     _, _, cache = model.chat(tokenizer, "b", history, past_key_values=cache, return_past_key_values=True, **GREEDY)
@@ -235,18 +228,15 @@ def test_edited_history(model, tokenizer, computed):
 
 
 def test_static_cache(model, tokenizer):
-    cache, history = StaticCache(config=model.config, max_cache_len=200), []
-    plain = []
-    for query in QUERIES:
-        _, history, cache = model.chat(
-            tokenizer, query, history, past_key_values=cache, return_past_key_values=True, **GREEDY
-        )
-    for query in QUERIES:
-        *_, plain_cache = model.chat(
-            tokenizer, query, plain, past_key_values=plain_cache if plain else None, return_past_key_values=True, **GREEDY
-        )
-        plain.append(plain_cache.chat_record.rounds[-1])
-    assert history == plain
+    histories = []
+    for cache in (None, StaticCache(config=model.config, max_cache_len=200)):
+        history = []
+        for query in QUERIES:
+            _, history, cache = model.chat(
+                tokenizer, query, history, past_key_values=cache, return_past_key_values=True, **GREEDY
+            )
+        histories.append(history)
+    assert histories[0] == histories[1]
 
 
 def test_prefix_tuned_rounds(small_model, tokenizer):
@@ -267,7 +257,9 @@ def test_batch_equals_single(model, tokenizer):
     for query, history, response, new_history in zip(QUERIES, histories, responses, new_histories):
         assert (response, new_history) == model.chat(tokenizer, query, history, **GREEDY)
     limited, _ = model.chat(tokenizer, QUERIES, histories, do_sample=False, max_length=60)
-    assert limited == [model.chat(tokenizer, q, h, do_sample=False, max_length=60)[0] for q, h in zip(QUERIES, histories)]
+    assert limited == [
+        model.chat(tokenizer, q, h, do_sample=False, max_length=60)[0] for q, h in zip(QUERIES, histories)
+    ]
     assert model.chat(tokenizer, [], []) == ([], [])
 
 

@@ -3,8 +3,9 @@
 import json
 
 import pytest
-from conftest import ROOT
 from transformers import AutoConfig
+
+from conftest import ROOT
 
 
 PUBLISHED_DEFAULTS = dict(

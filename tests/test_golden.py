@@ -115,16 +115,16 @@ def test_prefix(build, golden):
     reference, forward = golden("prefix"), golden("forward")
     model, missing = build(source="prefix", prefix="prefix_projFalse/state_dict/", pre_seq_len=5)
     if missing:  # the file holds the prefix alone
-        state_dict = {k.removeprefix("state_dict/"): v for k, v in golden("model").items() if k.startswith("state_dict/")}
+        state_dict = {
+            k.removeprefix("state_dict/"): v for k, v in golden("model").items() if k.startswith("state_dict/")
+        }
         missing = set(missing) - set(state_dict)
         model.load_state_dict(state_dict, strict=False)
     assert not missing
     for use_cache in (True, False):
         close(model(forward["plain/input_ids"], use_cache=use_cache).logits, reference["prefix_projFalse/logits"])
     mask = forward["leftpad/attention_mask"]
-    output = model(
-        forward["leftpad/input_ids"], attention_mask=mask, position_ids=forward["leftpad/position_ids"]
-    )
+    output = model(forward["leftpad/input_ids"], attention_mask=mask, position_ids=forward["leftpad/position_ids"])
     close(output.logits[mask.bool()], reference["prefix_projFalse/leftpad_logits"][mask.bool()])
     greedy = reference["prefix_projFalse/greedy"]
     prompt = golden("generate")["greedy/input_ids"]
@@ -174,7 +174,9 @@ def test_independent_model(chatglm, shared, name):
     path = shared / "golden/tiny_glm2" / name
     info = json.loads(path.with_suffix(".json").read_text())
     model = chatglm.ChatGLMModel(chatglm.ChatGLMConfig(**info["config"]), with_output_layer=False).eval()
-    state_dict = {k.removeprefix("transformer."): v.float() for k, v in load_file(path.with_suffix(".safetensors")).items()}
+    state_dict = {
+        k.removeprefix("transformer."): v.float() for k, v in load_file(path.with_suffix(".safetensors")).items()
+    }
     if "prefix" in name:  # given as [key and value, group, position, channel]
         prefix = state_dict.pop("prefix_past_key_values_f16")
         state_dict["prefix_encoder.embedding.weight"] = prefix.permute(2, 0, 1, 3).flatten(1)

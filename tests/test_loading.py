@@ -1,22 +1,29 @@
 """Loading and saving: published checkpoints as they are, the README's idioms, and checkpoints that cannot be right."""
 
 import json
+import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 import torch
-from conftest import ROOT, SMALL, TINY
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
+    modeling_utils,
     pipeline,
+    tokenization_utils_base,
 )
+
+from conftest import ROOT, SMALL, TINY
 
 
 IDS = torch.tensor([[5, 6, 7, 8]])
@@ -62,7 +69,9 @@ def test_auto_classes(checkpoint, model, auto_class, logs):
 def test_state_dict_names(model, shared):
     """The published names, which the 6B's weight index lists."""
     index = json.loads((shared / "golden/hub_metadata/chatglm2-6b/pytorch_model.bin.index.json").read_text())
-    published = {name for name in index["weight_map"] if ".layers." not in name or ".layers.0." in name or ".layers.1." in name}
+    published = {
+        name for name in index["weight_map"] if ".layers." not in name or ".layers.0." in name or ".layers.1." in name
+    }
     assert set(model.state_dict()) == published - {"transformer.rotary_pos_emb.inv_freq"}
 
 
@@ -133,8 +142,6 @@ def test_push_to_hub_carries_everything(checkpoint, tmp_path, monkeypatch):
     uploaded = set()
 
     def upload(self, working_dir, repo_id, files_timestamps, **kwargs):
-        import os
-
         uploaded.update(os.listdir(working_dir))
 
     loaded = load(checkpoint)
@@ -142,15 +149,22 @@ def test_push_to_hub_carries_everything(checkpoint, tmp_path, monkeypatch):
     for item in (loaded, tokenizer):
         cls = type(item)
         monkeypatch.setattr(cls, "_upload_modified_files", upload, raising=True)
-    import huggingface_hub
 
-    class Repo:
-        repo_id = "user/model"
+    def create_repo(*args, **kwargs):
+        return SimpleNamespace(repo_id="user/model")
 
-    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda self, *args, **kwargs: Repo())
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", create_repo)
+    for module in (modeling_utils, tokenization_utils_base):  # as older releases call it
+        monkeypatch.setattr(module, "create_repo", create_repo, raising=False)
     for item in (loaded, tokenizer):
         item.save_pretrained(tmp_path / "model", push_to_hub=True, repo_id="user/model")
-    assert uploaded >= {"modeling_chatglm.py", "model.safetensors", "config.json", "tokenizer.model", "tokenization_chatglm.py"}
+    assert uploaded >= {
+        "modeling_chatglm.py",
+        "model.safetensors",
+        "config.json",
+        "tokenizer.model",
+        "tokenization_chatglm.py",
+    }
 
 
 def test_sequence_classification_checkpoint(checkpoint, tmp_path):
@@ -196,8 +210,6 @@ def test_constructor_arguments(chatglm):
 
 def test_prefix_tuning_as_published(checkpoint, model, tmp_path):
     """As the published scripts: a fresh prefix on a base checkpoint, trained, its weights saved alone and loaded back."""
-    from transformers import AutoConfig
-
     config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=True, pre_seq_len=6)
     tuned = AutoModel.from_pretrained(checkpoint, config=config, trust_remote_code=True).eval()
     assert [n for n, p in tuned.named_parameters() if p.requires_grad] == [
@@ -223,14 +235,20 @@ def test_explicit_device_map(checkpoint, model):
 
 
 def test_disk_offload(checkpoint, model, tmp_path):
-    device_map = {"transformer.embedding": "cpu", "transformer.rotary_pos_emb": "cpu", "transformer.output_layer": "cpu"}
+    device_map = {
+        "transformer.embedding": "cpu",
+        "transformer.rotary_pos_emb": "cpu",
+        "transformer.output_layer": "cpu",
+    }
     device_map |= {"transformer.encoder.layers.0": "disk", "transformer.encoder.layers.1": "cpu"}
     device_map |= {"transformer.encoder.final_layernorm": "cpu"}
     same(load(checkpoint, device_map=device_map, offload_folder=str(tmp_path)), model)
 
 
 def test_pipeline(checkpoint):
-    generator = pipeline("text-generation", model=load(checkpoint), tokenizer=AutoTokenizer.from_pretrained(TINY, trust_remote_code=True))
+    generator = pipeline(
+        "text-generation", model=load(checkpoint), tokenizer=AutoTokenizer.from_pretrained(TINY, trust_remote_code=True)
+    )
     generator.model.resize_token_embeddings(8064)
     assert generator("你好", max_new_tokens=3, do_sample=False)[0]["generated_text"].startswith("你好")
     chat = generator([{"role": "user", "content": "hi"}], max_new_tokens=3, do_sample=False)
@@ -246,7 +264,11 @@ def test_no_circular_or_hidden_dependencies(checkpoint):
         "print(type(m).__name__, t('hi')['input_ids'])"
     )
     output = subprocess.run(
-        [sys.executable, "-c", code, str(checkpoint)], capture_output=True, text=True, cwd=checkpoint.parent, timeout=120
+        [sys.executable, "-c", code, str(checkpoint)],
+        capture_output=True,
+        text=True,
+        cwd=checkpoint.parent,
+        timeout=120,
     )
     assert output.stdout.startswith("ChatGLMForConditionalGeneration"), output.stderr
 

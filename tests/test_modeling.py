@@ -194,9 +194,7 @@ def test_grouped_attention(small_model, chatglm):
     expanded = [x.repeat_interleave(2, dim=1) for x in (key, value)]
     expected = torch.nn.functional.scaled_dot_product_attention(query, *expanded, is_causal=True)
     causal = torch.ones(5, 5, dtype=torch.bool).tril()[None, None]
-    output, weights = chatglm.modeling.eager_attention_forward(
-        attention, query, key, value, causal, attention.scaling
-    )
+    output, weights = chatglm.modeling.eager_attention_forward(attention, query, key, value, causal, attention.scaling)
     close(output.transpose(1, 2), expected, atol=1e-6)
     assert weights.shape == (2, 4, 5, 5)
 
@@ -237,7 +235,9 @@ def test_caches(small_model, cache):
         for n in chunks:
             begin, end = end, end + n
             chunk = ids[:, :end] if cache == "none" else ids[:, begin:end]
-            output = model(chunk, past_key_values=past, use_cache=cache != "none", return_legacy_cache=cache == "legacy")
+            output = model(
+                chunk, past_key_values=past, use_cache=cache != "none", return_legacy_cache=cache == "legacy"
+            )
             past = output.past_key_values
             logits.append(output.logits[:, -n:])
     close(torch.cat(logits, dim=1), expected)

@@ -8,8 +8,9 @@ import sys
 
 import pytest
 import transformers
-from conftest import ROOT, SMALL
 from packaging.version import Version
+
+from conftest import ROOT, SMALL
 
 
 def free_port() -> int:

@@ -6,10 +6,11 @@ import shutil
 import pytest
 import sentencepiece
 import torch
-from conftest import ROOT, TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, TextIteratorStreamer
+
+from conftest import ROOT, TINY
 
 
 SPECIAL = ["[MASK]", "[gMASK]", "[sMASK]", "sop", "eop", "</s>", "<s>", "<unk>", "<0x0A>"]
@@ -17,7 +18,10 @@ SPECIAL = ["[MASK]", "[gMASK]", "[sMASK]", "sop", "eop", "</s>", "<s>", "<unk>",
 texts = st.lists(
     st.one_of(
         st.text(st.characters(exclude_categories=["Cs"]), max_size=12),
-        st.sampled_from(SPECIAL + ["▁", " ", "  ", "\n", "\t", "\r\n", "你好", "[Round 1]\n\n问：", "\n\n答：", "👩‍👩‍👧", "１２", "ﬁ"]),
+        st.sampled_from(
+            SPECIAL
+            + ["▁", " ", "  ", "\n", "\t", "\r\n", "你好", "[Round 1]\n\n问：", "\n\n答：", "👩‍👩‍👧", "１２", "ﬁ"]
+        ),
     ),
     max_size=8,
 ).map("".join)
@@ -295,7 +299,9 @@ def test_lone_surrogates(tokenizer, text):
         tokenizer(text)
 
 
-@pytest.mark.parametrize("query, history", [(None, []), (["a"], []), ("a", "b"), ("a", ["bc"]), ("a", [("b",)]), ("a", [("b", None)])])
+@pytest.mark.parametrize(
+    "query, history", [(None, []), (["a"], []), ("a", "b"), ("a", ["bc"]), ("a", [("b",)]), ("a", [("b", None)])]
+)
 def test_bad_prompt(tokenizer, query, history):
     with pytest.raises(ValueError, match="query must be|history"):
         tokenizer.build_prompt(query, history)

@@ -45,7 +45,12 @@ WEIGHTS = {
     "sgd_en": 0.05,
     "gsm8k_train_en": 0.1,
 }
-STORY_QUERIES = ["Tell me a story.", "Can you tell me a short story?", "Write a story for children.", "给我讲一个英文故事。"]
+STORY_QUERIES = [
+    "Tell me a story.",
+    "Can you tell me a short story?",
+    "Write a story for children.",
+    "给我讲一个英文故事。",
+]
 TO_CHINESE = ["Translate into Chinese: {}", "How do you say this in Chinese? {}", "把下面的句子翻译成中文：{}"]
 TO_ENGLISH = ["Translate into English: {}", "How do you say this in English? {}", "把下面的句子翻译成英文：{}"]
 
