@@ -4,6 +4,7 @@ Module and parameter names are those of the published checkpoint. Hidden states 
 the published layout, `[seq, batch, ...]`, appears only where a legacy cache tuple is converted.
 """
 
+import bisect
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -766,9 +767,9 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
     def _get_logits_processor(self, generation_config, *args, **kwargs) -> LogitsProcessorList:
         processors = super()._get_logits_processor(generation_config, *args, **kwargs)
         eos_token_id = generation_config.eos_token_id
-        if eos_token_id is None:
-            return processors
         eos_token_id = eos_token_id[0] if isinstance(eos_token_id, list) else eos_token_id
+        if eos_token_id is None or eos_token_id < 0:  # nothing ends a row
+            return processors
         return LogitsProcessorList([InvalidScoreLogitsProcessor(eos_token_id), *processors])
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, mode, batch_size, max_cache_length):
@@ -995,11 +996,18 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         self._check_chat(tokenizer, query)
         old_record = cache.chat_record if cache is not None else ChatRecord()
         prompt_limit, options = self._limit_length(options)
-        for start in range(len(history) + 1):
-            record = continue_record(tokenizer, old_record, query, history[start:])
-            if len(record.ids) <= prompt_limit:
-                break
-        else:
+
+        def continue_from(start: int) -> ChatRecord:
+            return continue_record(tokenizer, old_record, query, history[start:])
+
+        start, record = 0, continue_from(0)
+        if len(record.ids) > prompt_limit:  # leave out as few of the oldest rounds as will do
+            fits = bisect.bisect_left(
+                range(1, len(history) + 1), True, key=lambda start: len(continue_from(start).ids) <= prompt_limit
+            )
+            start = min(fits + 1, len(history))
+            record = continue_from(start)
+        if len(record.ids) > prompt_limit:
             raise ValueError(
                 f"The query is {len(record.ids)} tokens long; at most {prompt_limit} fit (seq_length "
                 f"{self.config.seq_length}, max_length {options['max_length']}). Shorten it, or raise max_length."
@@ -1070,7 +1078,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         """Enters an answer, complete or not, into the record, and returns its text."""
         answer = answer_ids(tokenizer, ids[prompt_length:])
         response = self.process_response(tokenizer.decode(answer, skip_special_tokens=True))
-        if len(record.rounds) == len(record.ends) and record.ends and record.ends[-1] > prompt_length:
+        if record.ends and record.ends[-1] >= prompt_length:  # the answer as far as it was a step ago
             record.rounds.pop()
             record.ends.pop()
         record.ids = ids

@@ -104,9 +104,7 @@ def main():
             "batch, padded": lambda tokenizer, texts=texts: tokenizer(texts, padding=True),
             "decode": lambda tokenizer, ids=ids: [tokenizer.decode(i, skip_special_tokens=True) for i in ids],
         }.items():
-            seconds = measure(
-                {"slow": lambda call=call: call(slow), "fast": lambda call=call: call(fast)}, args.rounds
-            )
+            seconds = measure({"slow": lambda call=call: call(slow), "fast": lambda call=call: call(fast)}, args.rounds)
             rates = {tokenizer: tokens / s for tokenizer, s in seconds.items()}
             ratio = rates["fast"] / rates["slow"]
             print(f"| {name} | {task} | {rates['slow']:.2f} | {rates['fast']:.2f} | {ratio:.1f} |")

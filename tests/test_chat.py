@@ -203,6 +203,26 @@ def test_after_max_length(model, tokenizer):
     assert cache.chat_record.ids == ids + uncached_answer(model, ids)
 
 
+class EndProcessor(LogitsProcessor):
+    def __call__(self, input_ids, scores):
+        return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([2]), 0.0)
+
+
+def test_empty_answers(model, tokenizer):
+    history, cache = [], None
+    for _ in range(2):
+        *_, (response, history, cache) = model.stream_chat(
+            tokenizer,
+            "a",
+            history,
+            past_key_values=cache,
+            logits_processor=[EndProcessor()],
+            return_past_key_values=True,
+            **GREEDY,
+        )
+    assert history == cache.chat_record.rounds == [("a", ""), ("a", "")]
+
+
 def test_edited_history(model, tokenizer, computed):
     """Rounds before the edit are reused; from there on the history's text counts."""
     history, cache = [], None
@@ -295,6 +315,8 @@ def test_long_history_is_trimmed_by_rounds(model, tokenizer, logs):
 def test_query_longer_than_the_context(model, tokenizer):
     with pytest.raises(ValueError, match=r"The query is \d+ tokens long; at most 511 fit"):
         model.chat(tokenizer, "word " * 600)
+    with pytest.raises(ValueError, match=r"The query is \d+ tokens long; at most 511 fit"):
+        model.chat(tokenizer, "word " * 600, [("a", "b")] * 3)
     with pytest.raises(ValueError, match="max_length 20"):
         model.chat(tokenizer, "word " * 30, max_length=20)
 

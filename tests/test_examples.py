@@ -9,8 +9,9 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, TINY
 from transformers import AutoModel, AutoTokenizer
+
+from conftest import ROOT, TINY
 
 
 CHAT = [sys.executable, "examples/cli_chat.py", "--greedy"]
@@ -67,7 +68,7 @@ def test_interrupt_keeps_the_dialogue(tmp_path):
         return text
 
     read_until("用户：")
-    os.write(terminal, "Tell me a story.\n".encode())
+    os.write(terminal, b"Tell me a story.\n")
     read_until("ChatGLM：.*\\w")
     os.kill(pid, signal.SIGINT)
     read_until("用户：")
@@ -86,7 +87,9 @@ def test_tiny_is_small():
         assert path.is_symlink() and path.resolve() == ROOT / path.name  # one copy of the code
 
 
-@pytest.mark.parametrize("query, expected", [("你好", "ChatGLM2-Tiny"), ("Who are you?", "ChatGLM2-Tiny"), ("你是谁？", "ChatGLM2-Tiny")])
+@pytest.mark.parametrize(
+    "query, expected", [("你好", "ChatGLM2-Tiny"), ("Who are you?", "ChatGLM2-Tiny"), ("你是谁？", "ChatGLM2-Tiny")]
+)
 def test_tiny_knows_who_it_is(tiny, query, expected):
     model, tokenizer = tiny
     assert expected in model.chat(tokenizer, query, do_sample=False)[0]
