@@ -5,7 +5,7 @@ MODEL ?= checkpoints/tiny
 # The release that everything is developed on, and those that the essentials are tested on
 TRANSFORMERS ?= 5.23.0
 MATRIX ?= 5.9.0 5.17.0 5.19.0 5.23.0
-ESSENTIALS = tests/test_golden.py tests/test_tokenization.py tests/test_chat.py tests/test_loading.py
+ESSENTIALS = $(patsubst %,tests/test_%.py,configuration golden tokenization chat loading quantization)
 
 .PHONY: chat test test-matrix lint bench clean
 

@@ -100,19 +100,16 @@ class ChatGLMConfig(PreTrainedConfig):
         "encoder.layers.*.self_attention.dense": "rowwise_split_input",
         "encoder.layers.*.mlp.dense_h_to_4h": "packed_colwise",
         "encoder.layers.*.mlp.dense_4h_to_h": "rowwise",
-        "output_layer": "colwise_gather_output",
     }
     base_model_pp_plan = {
         "embedding": (["input_ids"], ["inputs_embeds"]),
         "encoder.layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
         "encoder.final_layernorm": (["hidden_states"], ["hidden_states"]),
-        "output_layer": (["hidden_states"], ["logits"]),
     }
     base_model_fsdp_plan = {
         "embedding": "free_full_weight",
         "encoder.layers.*": "free_full_weight",
         "encoder.final_layernorm": "keep_full_weight",
-        "output_layer": "keep_full_weight",
     }
 
     num_layers: int = 28
@@ -157,7 +154,7 @@ class ChatGLMConfig(PreTrainedConfig):
                     f"{name}={kwargs[name]!r} belongs to another architecture than ChatGLM2. Load this checkpoint with "
                     "the code that was published with it."
                 )
-        self._published_name = kwargs.get("_name_or_path") or PUBLISHED_NAME
+        self._published_name = kwargs.pop("_name_or_path", None) or PUBLISHED_NAME
         if self.rope_parameters is None and not kwargs.get("rope_scaling"):
             self.rope_parameters = {"rope_type": "default"}
             if self.rope_ratio != 1:

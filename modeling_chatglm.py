@@ -8,6 +8,7 @@ import bisect
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -34,6 +35,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_chatglm import ChatGLMConfig
+from .quantization import QUANT_METHOD, init_scales, quantize
 
 
 logger = logging.get_logger(__name__)
@@ -110,8 +112,8 @@ class RotaryEmbedding(nn.Module):
     @torch.no_grad()
     @dynamic_rope_update
     def forward(self, x: torch.Tensor, position_ids: torch.LongTensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns cos and sin in the dtype of `x`, each `[batch, 1, seq, rotary_dim]`, every angle twice in a row."""
-        angles = position_ids[:, None, :, None].float() * self.inv_freq.to(x.device, torch.float)
+        """Returns cos and sin in the dtype of `x`, each `[batch, seq, rotary_dim]`, every angle twice in a row."""
+        angles = position_ids[:, :, None].float() * self.inv_freq.to(x.device, torch.float)
         angles = angles.repeat_interleave(2, dim=-1)
         cos = angles.cos() * self.attention_scaling
         sin = angles.sin() * self.attention_scaling
@@ -120,6 +122,7 @@ class RotaryEmbedding(nn.Module):
 
 def apply_rotary_pos_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotates the pairs (0, 1), (2, 3), ... of the first channels of `x`, `[batch, heads, seq, head_dim]`."""
+    cos, sin = cos[:, None], sin[:, None]
     rotary_dim = cos.shape[-1]
     x, x_pass = x[..., :rotary_dim], x[..., rotary_dim:]
     x_rotated = torch.stack((-x[..., 1::2], x[..., 0::2]), dim=-1).flatten(-2)
@@ -344,18 +347,29 @@ class FuseQKV(Concatenate):
 
 
 # Other programs write the head under the ecosystem's name, and query, key and value apart. Both load.
-register_checkpoint_conversion_mapping(
-    ChatGLMConfig.model_type,
-    [
-        WeightRenaming(r"^lm_head\.", "transformer.output_layer."),
-        WeightConverter(
-            [f"self_attention.{name}" for name in ("q_proj", "k_proj", "v_proj")],
-            "self_attention.query_key_value",
-            operations=[FuseQKV(dim=0)],
-        ),
-    ],
-    overwrite=True,  # every folder that code is loaded from has its own copy of this module
-)
+LOAD_CONVERSIONS = [
+    WeightRenaming(r"^lm_head\.", "transformer.output_layer."),
+    WeightConverter(
+        [f"self_attention.{name}" for name in ("q_proj", "k_proj", "v_proj")],
+        "self_attention.query_key_value",
+        operations=[FuseQKV(dim=0)],
+    ),
+]
+_loading = threading.RLock()
+
+
+@contextmanager
+def load_conversions():
+    """
+    Has the library apply `LOAD_CONVERSIONS`. Its registry is global, and makes every save write the other names, so it
+    holds them only while a checkpoint is loaded.
+    """
+    with _loading:
+        register_checkpoint_conversion_mapping(ChatGLMConfig.model_type, LOAD_CONVERSIONS, overwrite=True)
+        try:
+            yield
+        finally:
+            register_checkpoint_conversion_mapping(ChatGLMConfig.model_type, [], overwrite=True)
 
 
 class ChatGLMPreTrainedModel(PreTrainedModel):
@@ -383,10 +397,48 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         """
         if device is not None:
             kwargs.setdefault("device_map", {"": device})
-        loaded = super().from_pretrained(*args, **kwargs)
+        with load_conversions():
+            loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info=True
         model.base_model.freeze_all_but_prefix()  # the library makes what it loads trainable
         return loaded
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the weights are quantized in the published format."""
+        return getattr(self, "quantization_method", None) == QUANT_METHOD
+
+    def quantize(self, bits: int, empty_init: bool = False, device=None):
+        """
+        Quantizes the layers in place, in the published format, and returns the model.
+
+        Args:
+            bits (`int`): 4 or 8; 0 changes nothing.
+            empty_init (`bool`): Accepted as in the published code, without effect.
+            device: Where to put the model then.
+
+        Raises:
+            ValueError: if `bits` is another number.
+        """
+        if self.quantized:
+            logger.warning("Already quantized.")
+        elif bits != 0:
+            quantize(self, bits)
+        return self if device is None else self.to(device)
+
+    # The library refuses to cast quantized models. Here scales and activations follow, and packed weights stay.
+
+    def half(self):
+        return nn.Module.half(self) if self.quantized else super().half()
+
+    def float(self):
+        return nn.Module.float(self) if self.quantized else super().float()
+
+    def _init_weights(self, module: nn.Module):
+        if hasattr(module, "weight_scale"):  # a QuantizedLinear, perhaps of another copy of the module
+            init_scales(module)
+        else:
+            super()._init_weights(module)
 
     def save_pretrained(self, *args, save_original_format: bool = False, **kwargs):
         """The library's method. Writes the published names and shapes, also if the checkpoint loaded had others."""
@@ -686,12 +738,14 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
     """
 
     _tied_weights_keys = {"transformer.output_layer.weight": "transformer.embedding.word_embeddings.weight"}
+    _tp_plan = {"transformer.output_layer": "colwise_gather_output"}
+    _pp_plan = {"transformer.output_layer": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"transformer.output_layer": "keep_full_weight"}
 
     def __init__(self, config: ChatGLMConfig, empty_init: bool = True, device=None):
         super().__init__(config)
         self.max_sequence_length = config.seq_length
         self.transformer = ChatGLMModel(config)
-        self.quantized = False
         self.post_init()
         if device is not None:
             self.to(device)
@@ -1245,7 +1299,17 @@ class ChatGLMForTokenClassification(ChatGLMPreTrainedModel):
         self.post_init()
 
     @can_return_tuple
-    def forward(self, input_ids: torch.LongTensor | None = None, labels=None, **kwargs) -> TokenClassifierOutput:
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | LegacyCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> TokenClassifierOutput:
         """
         Args:
             labels: Classes, `[batch, seq]`, -100 where there is no loss.
@@ -1255,7 +1319,15 @@ class ChatGLMForTokenClassification(ChatGLMPreTrainedModel):
         Returns:
             `logits`, `[batch, seq, num_labels]`.
         """
-        outputs: BaseModelOutputWithPast = self.transformer(input_ids=input_ids, **kwargs)
+        outputs: BaseModelOutputWithPast = self.transformer(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
         logits = self.classifier_head(self.dropout(outputs.last_hidden_state))
         loss = self.loss_function(logits, labels, self.config) if labels is not None else None
         return TokenClassifierOutput(

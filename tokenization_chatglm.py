@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterable, Sequence
 
 import sentencepiece
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 from transformers import BatchEncoding, TokenizersBackend
 from transformers.utils import logging
@@ -104,6 +104,9 @@ class SPTokenizer:
                 normalizers.Replace(" ", "▁"),
             ]
         )
+        # No piece has a "▁" after another character, so none crosses these boundaries; words are faster than texts.
+        if not any("▁" in piece.lstrip("▁") for piece in normal):
+            rust.pre_tokenizer = pre_tokenizers.Split(Regex("▁+[^▁]*"), "isolated")
         rust.decoder = decoders.Sequence(
             [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
         )
@@ -188,6 +191,8 @@ class ChatGLMTokenizer(TokenizersBackend):
 
     def update_post_processor(self):
         """Makes the backend add the prefix, and after a pair `eos_token`. Called again when that has changed."""
+        if self.bos_token is None:  # as the library has it: nothing to add
+            object.__setattr__(self, "_add_bos_token", False)
         gmask, sop = self.get_prefix_tokens()
         self._closing_token = self.eos_token
         self._tokenizer.post_processor = processors.TemplateProcessing(
@@ -197,11 +202,17 @@ class ChatGLMTokenizer(TokenizersBackend):
         )
 
     def _add_tokens(self, new_tokens, special_tokens=False) -> int:
-        # The backend would look for a normalized token, "▁<new>", in the normalized text: at its beginning only.
-        new_tokens = [
-            AddedToken(t, special=special_tokens, normalized=False) if isinstance(t, str) else t for t in new_tokens
-        ]
-        return super()._add_tokens(new_tokens, special_tokens)
+        # Tokens that a program adds are for it to use, and are read from text. The backend skips special ones there, so
+        # for it only the model's own and named ones (eos_token, ...) are special; the library keeps its own list.
+        unread = {*GLM_SPECIAL_TOKENS, *map(str, self._special_tokens_map.values())}
+        tokens = []
+        for token in new_tokens:
+            if isinstance(token, str):
+                # The backend would look for a normalized token, "▁<new>", in the normalized text: at its beginning only.
+                token = AddedToken(token, normalized=False)
+            token.special = token.content in unread
+            tokens.append(token)
+        return super()._add_tokens(tokens, special_tokens=False)
 
     # Vocabulary
 
@@ -380,7 +391,7 @@ class ChatGLMTokenizer(TokenizersBackend):
         for i in token_ids:
             # Between special tokens SentencePiece decodes whole runs, as bytes of one character may span tokens.
             if i in special or i >= self.vocab_size:
-                if not skip_special_tokens or i >= self.vocab_size:
+                if not skip_special_tokens or i not in special:
                     text += self.tokenizer.sp_model.decode(run) + self._convert_id_to_token(i)
                     run = []
             elif i >= 0:
@@ -388,6 +399,12 @@ class ChatGLMTokenizer(TokenizersBackend):
         return text + self.tokenizer.sp_model.decode(run)
 
     # Files
+
+    def train_new_from_iterator(self, *args, **kwargs):
+        """Not supported: the model of a new tokenizer has to be SentencePiece's."""
+        raise NotImplementedError(
+            "Train a tokenizer.model with SentencePiece (training/train_tiny.py has the settings), and load that."
+        )
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
         """Copies `tokenizer.model` into `save_directory`; returns its path there."""

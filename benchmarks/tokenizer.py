@@ -58,6 +58,13 @@ class SlowTokenizer(PythonBackend):
         n = self.sp_model.vocab_size()
         return [n + 1, n + 3] + token_ids_0 + (token_ids_1 or [])
 
+    def _pad(self, encoded_inputs, *args, **kwargs):
+        length = len(encoded_inputs["input_ids"])
+        encoded_inputs = super()._pad(encoded_inputs, *args, **kwargs)
+        padding = len(encoded_inputs["input_ids"]) - length
+        encoded_inputs["position_ids"] = [0] * padding + list(range(length))
+        return encoded_inputs
+
 
 def read_texts(data: Path) -> dict[str, list[str]]:
     gsm8k = [json.loads(line)["question"] for line in open(data / "gsm8k/test.jsonl", encoding="utf-8")]

@@ -25,7 +25,11 @@ ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "checkpoints/tiny"
 SHARED = Path(os.environ.get("CHATGLM2_DATA", ROOT.parent / "shared/data"))
 # The files of a checkpoint folder besides weights and config.json
-CODE_FILES = [path for pattern in ("*_chatglm.py", "*.jinja", "*r_config.json") for path in sorted(ROOT.glob(pattern))]
+CODE_FILES = [
+    path
+    for pattern in ("*_chatglm.py", "quantization.py", "*.jinja", "*r_config.json")
+    for path in sorted(ROOT.glob(pattern))
+]
 
 SMALL = dict(
     num_layers=2,

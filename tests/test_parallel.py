@@ -34,15 +34,16 @@ def test_two_processes(mode, small_model, write_checkpoint, tmp_path):
     assert run.stdout.count("equal") == 2, run.stderr[-3000:]
 
 
-@pytest.mark.parametrize("plan", ["base_model_tp_plan", "base_model_pp_plan", "base_model_fsdp_plan"])
+@pytest.mark.parametrize("plan", ["tp_plan", "pp_plan", "fsdp_plan"])
 def test_plans_name_modules_that_exist(small_model, plan):
-    model = small_model().transformer
+    model = small_model()
     names = [re.sub(r"\.\d+", ".*", name) for name, _ in model.named_modules()]
-    for name in getattr(model.config, plan):
+    in_config = [f"transformer.{name}" for name in getattr(model.config, f"base_model_{plan}")]
+    for name in in_config + list(getattr(type(model), f"_{plan}")):
         assert name in names, name
 
 
 def test_tensor_parallel_plan_covers_all_matrices(small_model):
-    model = small_model().transformer
+    model = small_model()
     matrices = {re.sub(r"\.\d+", ".*", n.removesuffix(".weight")) for n, p in model.named_parameters() if p.dim() == 2}
-    assert matrices == set(model.config.base_model_tp_plan)
+    assert matrices == {*type(model)._tp_plan, *(f"transformer.{name}" for name in model.config.base_model_tp_plan)}
