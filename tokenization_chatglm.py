@@ -13,7 +13,8 @@ import sentencepiece
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 from transformers import BatchEncoding, TokenizersBackend
-from transformers.utils import logging
+from transformers.tokenization_utils_base import TruncationStrategy
+from transformers.utils import PaddingStrategy, logging
 
 
 logger = logging.get_logger(__name__)
@@ -317,14 +318,17 @@ class ChatGLMTokenizer(TokenizersBackend):
                     for t, r in zip(text, rendered)
                 ]
         try:
-            encoded = super()._encode_plus(
-                text,
-                text_pair=text_pair,
-                add_special_tokens=add_special_tokens,
-                is_split_into_words=is_split_into_words,
-                return_overflowing_tokens=return_overflowing_tokens,
-                **kwargs,
-            )
+            if is_split_into_words or return_overflowing_tokens or self._has_options(kwargs):
+                encoded = super()._encode_plus(
+                    text,
+                    text_pair=text_pair,
+                    add_special_tokens=add_special_tokens,
+                    is_split_into_words=is_split_into_words,
+                    return_overflowing_tokens=return_overflowing_tokens,
+                    **kwargs,
+                )
+            else:
+                encoded = self._encode_plain(text, text_pair, add_special_tokens, kwargs.get("verbose", True))
         except TypeError as error:
             check_surrogates((text, text_pair))
             raise error
@@ -335,6 +339,35 @@ class ChatGLMTokenizer(TokenizersBackend):
         elif not is_batched and not return_overflowing_tokens:
             encoded = BatchEncoding({name: value[0] for name, value in encoded.items()}, encoded.encodings)
         return encoded
+
+    @staticmethod
+    def _has_options(kwargs: dict) -> bool:
+        defaults = {
+            "padding_strategy": PaddingStrategy.DO_NOT_PAD,
+            "truncation_strategy": TruncationStrategy.DO_NOT_TRUNCATE,
+            "verbose": kwargs.get("verbose"),
+        }
+        return any(value not in (None, False, 0, defaults.get(name)) for name, value in kwargs.items()) or (
+            kwargs.get("return_attention_mask") is False or kwargs.get("split_special_tokens") is False
+        )
+
+    def _encode_plain(self, text, text_pair, add_special_tokens, verbose) -> BatchEncoding:
+        """What the library's method gives without options. For short texts those take as long as the encoding itself."""
+        if self._tokenizer.truncation is not None:
+            self._tokenizer.no_truncation()
+        if self._tokenizer.padding is not None:
+            self._tokenizer.no_padding()
+        if not self._tokenizer.encode_special_tokens:
+            self._tokenizer.encode_special_tokens = self.split_special_tokens
+        texts = text if text_pair is None else list(zip(text, text_pair, strict=True))
+        encodings = self._tokenizer.encode_batch(texts, add_special_tokens=add_special_tokens)
+        input_ids = [e.ids for e in encodings]
+        for ids in input_ids:
+            self._eventual_warn_about_too_long_sequence(ids, None, verbose)
+        data = {"input_ids": input_ids}
+        if "attention_mask" in self.model_input_names:
+            data["attention_mask"] = [e.attention_mask for e in encodings]
+        return BatchEncoding(data, encodings)
 
     def _pad(self, encoded_inputs, *args, padding_side=None, **kwargs) -> dict:
         length = len(encoded_inputs["input_ids"])

@@ -33,6 +33,7 @@ class SlowTokenizer(PythonBackend):
 
     def __init__(self, vocab_file, **kwargs):
         self.sp_model = sentencepiece.SentencePieceProcessor(model_file=str(vocab_file))
+        self.special_tokens = {}
         super().__init__(unk_token="<unk>", pad_token="<unk>", eos_token="</s>", padding_side="left", **kwargs)
 
     @property
@@ -46,7 +47,10 @@ class SlowTokenizer(PythonBackend):
         return self.sp_model.encode(text, out_type=str)
 
     def _convert_token_to_id(self, token):
-        return self.sp_model.piece_to_id(token)
+        return self.convert_token_to_id(token)
+
+    def convert_token_to_id(self, token):
+        return self.special_tokens[token] if token in self.special_tokens else self.sp_model.piece_to_id(token)
 
     def _convert_id_to_token(self, index):
         return self.sp_model.id_to_piece(index)
