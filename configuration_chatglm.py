@@ -5,6 +5,7 @@ rest of the ecosystem uses for the same things (`num_hidden_layers`, `max_positi
 """
 
 import dataclasses
+import math
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -32,6 +33,10 @@ FOREIGN_FIELDS = {
     "sliding_window": (None,),
     "use_qk_norm": (None, False),
 }
+
+
+# The library's, but for those that are made for other models' layouts
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 
 
 @strict
@@ -162,26 +167,45 @@ class ChatGLMConfig(PreTrainedConfig):
         kwargs.setdefault("partial_rotary_factor", 0.5)
         if self.quantization_bit and not kwargs.get("quantization_config"):
             kwargs["quantization_config"] = {"quant_method": "chatglm", "bits": self.quantization_bit}
-        num_key_value_heads = kwargs.pop("num_key_value_heads", None)
+        derived = {name: kwargs.pop(name) for name in ("num_key_value_heads", "head_dim") if name in kwargs}
         super().__post_init__(**kwargs)
-        if num_key_value_heads is not None:
-            self.num_key_value_heads = num_key_value_heads
+        self._set_derived(**derived)
         self._check()
+
+    def _set_derived(self, num_key_value_heads: int | None = None, head_dim: int | None = None):
+        """Takes the standard names of what follows from fields, where those are not given; they must not contradict."""
+        if num_key_value_heads is not None and num_key_value_heads != self.num_key_value_heads:
+            if self.multi_query_attention:
+                raise ValueError(
+                    f"num_key_value_heads={num_key_value_heads} contradicts multi_query_group_num="
+                    f"{self.multi_query_group_num}: give one of them."
+                )
+            self.num_key_value_heads = num_key_value_heads
+        if head_dim is not None and head_dim != self.kv_channels:
+            if self.kv_channels != type(self).kv_channels:
+                raise ValueError(f"head_dim={head_dim} contradicts kv_channels={self.kv_channels}: give one of them.")
+            self.kv_channels = head_dim
 
     def _check(self):
         """Refuses values that cannot work, with a `ValueError` that names them."""
-        for name in ("num_layers", "padded_vocab_size", "num_attention_heads", "seq_length", "multi_query_group_num"):
+        for name in (
+            "num_layers",
+            "padded_vocab_size",
+            "ffn_hidden_size",
+            "num_attention_heads",
+            "seq_length",
+            "multi_query_group_num",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("hidden_size", "ffn_hidden_size"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
+        if self.hidden_size < 0:  # the library's own tests of configurations set it to 0
+            raise ValueError(f"hidden_size must not be negative, got {self.hidden_size}.")
         for name in ("hidden_dropout", "attention_dropout", "classifier_dropout"):
             if getattr(self, name) is not None and not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}.")
         for name in ("layernorm_epsilon", "rope_ratio"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}.")
         if self.kv_channels < 2 or self.kv_channels % 2:
             raise ValueError(
                 f"kv_channels must be a positive even number, as RoPE rotates pairs of channels, got {self.kv_channels}."
@@ -191,6 +215,13 @@ class ChatGLMConfig(PreTrainedConfig):
                 f"num_attention_heads ({self.num_attention_heads}) must be divisible by multi_query_group_num "
                 f"({self.multi_query_group_num})."
             )
+        rope_type = self.rope_parameters["rope_type"]
+        if rope_type not in ROPE_TYPES:
+            raise ValueError(f"rope_parameters['rope_type'] must be one of {', '.join(ROPE_TYPES)}, got {rope_type!r}.")
+        for name in ("rope_theta", "factor"):
+            value = self.rope_parameters.get(name, 1.0)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+                raise ValueError(f"rope_parameters[{name!r}] must be a positive number, got {value!r}.")
         if self.quantization_bit not in (0, 4, 8):
             raise ValueError(f"quantization_bit must be 0, 4 or 8, got {self.quantization_bit}.")
         if self.pre_seq_len is not None and self.pre_seq_len < 1:
@@ -216,22 +247,28 @@ class ChatGLMConfig(PreTrainedConfig):
         names = {field.name for field in dataclasses.fields(cls)} | set(cls.attribute_map) | {"num_key_value_heads"}
         overrides = {name: kwargs.pop(name) for name in names & set(kwargs) - {"dtype"}}
         config_dict = dict(config_dict)
-        for name in overrides:
-            config_dict.pop(cls.attribute_map.get(name, name), None)
         if "rope_ratio" in overrides:
             config_dict.pop("rope_parameters", None)
+        rope_parameters = overrides.get("rope_parameters")
+        if rope_parameters and rope_parameters.get("rope_type") in ("yarn", "longrope", "llama3"):
+            # What the checkpoint was trained with, which the library would take from an overridden seq_length.
+            trained = config_dict.get("seq_length", cls.seq_length)
+            overrides["rope_parameters"] = {"original_max_position_embeddings": trained, **rope_parameters}
         # Written for others to read (`to_dict`); here they follow from the fields themselves.
         for derived, source in (("num_key_value_heads", "multi_query_group_num"), ("head_dim", "kv_channels")):
             if source in config_dict or source in overrides:
                 config_dict.pop(derived, None)
+        for name in overrides:
+            config_dict.pop(cls.attribute_map.get(name, name), None)
         return super().from_dict({**config_dict, **overrides}, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()
         output.pop("_published_name", None)
-        # Derived, but read from the dict by PEFT's prefix tuning, which otherwise assumes as many as query heads.
-        output["num_key_value_heads"] = self.num_key_value_heads
-        output["head_dim"] = self.kv_channels
+        if self.multi_query_attention:
+            # Derived, but read from the dict by PEFT's prefix tuning, which otherwise assumes as many as query heads.
+            output["num_key_value_heads"] = self.num_key_value_heads
+            output["head_dim"] = self.kv_channels
         return output
 
     def to_diff_dict(self) -> dict[str, Any]:

@@ -10,8 +10,8 @@ import shutil
 from collections.abc import Iterable, Sequence
 
 import sentencepiece
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
-from tokenizers.models import BPE
+from tokenizers import AddedToken, Encoding, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
+from tokenizers.models import BPE, WordLevel
 from transformers import BatchEncoding, TokenizersBackend
 from transformers.tokenization_utils_base import TruncationStrategy
 from transformers.utils import PaddingStrategy, logging
@@ -27,9 +27,10 @@ GLM_SPECIAL_TOKENS = ["[MASK]", "[gMASK]", "[sMASK]", "sop", "eop"]
 # 问 asks, 答 answers. Round numbers start at 1.
 QUESTION = "[Round {}]\n\n问：{}\n\n答："
 
-# How a chat that was rendered to text by the chat template begins. Only there are special tokens read from text.
+# How a chat that the chat template rendered to text begins, and what precedes an answer in it.
 RENDERED_PREFIX = "[gMASK]sop"
 RENDERED_CHAT = RENDERED_PREFIX + "[Round 1]\n\n问："
+ANSWER = "\n\n答："
 
 
 class SPTokenizer:
@@ -97,14 +98,7 @@ class SPTokenizer:
                 byte_fallback=True,
             )
         )
-        rust.normalizer = normalizers.Sequence(
-            [
-                # The post-processor adds the prefix again, as ids, and offsets go on pointing into the whole text.
-                normalizers.Replace(Regex(r"\A\[gMASK\]sop(?=\[Round 1\]\n\n问：)"), ""),
-                normalizers.Prepend("▁"),
-                normalizers.Replace(" ", "▁"),
-            ]
-        )
+        rust.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
         # No piece has a "▁" after another character, so none crosses these boundaries; words are faster than texts.
         if not any("▁" in piece.lstrip("▁") for piece in normal):
             rust.pre_tokenizer = pre_tokenizers.Split(Regex("▁+[^▁]*"), "isolated")
@@ -119,10 +113,11 @@ class ChatGLMTokenizer(TokenizersBackend):
     r"""
     Tokenizer of ChatGLM2. Encodes `text` as `[gMASK] sop text`, a pair as `[gMASK] sop text pair </s>`.
 
-    Special tokens are never read from text: `tokenizer("[gMASK]")` gives the pieces of those seven characters. The one
-    exception is a whole chat rendered by the chat template (it begins with `[gMASK]sop[Round 1]\n\n问：`), whose prefix
-    and final `</s>` become the tokens that they were written for, once, whatever `add_special_tokens` is; what users
-    typed inside it stays text.
+    Special tokens are never read from text: `tokenizer("[gMASK]")` gives the pieces of those seven characters, and
+    nothing that users type into a chat becomes a special token. The one exception is a text that as a whole is a chat
+    rendered by the chat template (it begins with `[gMASK]sop[Round 1]\n\n问：`): its prefix, and `</s>` after its last
+    answer, become the tokens that they stand for, once, whatever `add_special_tokens` is. Tokens that a program adds
+    (`add_tokens`, `add_special_tokens`) are read from text, except those that it names `eos_token`, `pad_token` and so on.
 
     Args:
         vocab_file (`str`): Path of `tokenizer.model`.
@@ -160,7 +155,6 @@ class ChatGLMTokenizer(TokenizersBackend):
         # tokenizer.model is the one source. A tokenizer.json beside it is for other programs; of it only tokens that
         # a user added are read (by the library, into `added_tokens_decoder`).
         kwargs.pop("tokenizer_file", None)
-        self._closing_token = None
         extra_special_tokens = list(GLM_SPECIAL_TOKENS)
         extra_special_tokens += [t for t in kwargs.pop("extra_special_tokens", ()) if str(t) not in GLM_SPECIAL_TOKENS]
         kwargs.setdefault("clean_up_tokenization_spaces", False)
@@ -191,15 +185,13 @@ class ChatGLMTokenizer(TokenizersBackend):
         return kwargs
 
     def update_post_processor(self):
-        """Makes the backend add the prefix, and after a pair `eos_token`. Called again when that has changed."""
+        """Makes the backend add the prefix, and after a pair `</s>`."""
         if self.bos_token is None:  # as the library has it: nothing to add
             object.__setattr__(self, "_add_bos_token", False)
         gmask, sop = self.get_prefix_tokens()
-        self._closing_token = self.eos_token
+        special_tokens = [("[gMASK]", gmask), ("sop", sop), ("</s>", self.get_command("<eos>"))]
         self._tokenizer.post_processor = processors.TemplateProcessing(
-            single="[gMASK] sop $A",
-            pair=f"[gMASK] sop $A $B {self.eos_token}",
-            special_tokens=[("[gMASK]", gmask), ("sop", sop), (self.eos_token, self.eos_token_id)],
+            single="[gMASK] sop $A", pair="[gMASK] sop $A $B </s>", special_tokens=special_tokens
         )
 
     def _add_tokens(self, new_tokens, special_tokens=False) -> int:
@@ -208,11 +200,10 @@ class ChatGLMTokenizer(TokenizersBackend):
         unread = {*GLM_SPECIAL_TOKENS, *map(str, self._special_tokens_map.values())}
         tokens = []
         for token in new_tokens:
-            if isinstance(token, str):
-                # The backend would look for a normalized token, "▁<new>", in the normalized text: at its beginning only.
-                token = AddedToken(token, normalized=False)
-            token.special = token.content in unread
-            tokens.append(token)
+            # The backend would look for a normalized token, "▁<new>", in the normalized text: at its beginning only.
+            options = {"normalized": False} if isinstance(token, str) else token.__getstate__()
+            options.update(content=str(token), special=str(token) in unread)
+            tokens.append(AddedToken(**options))
         return super()._add_tokens(tokens, special_tokens=False)
 
     # Vocabulary
@@ -290,35 +281,28 @@ class ChatGLMTokenizer(TokenizersBackend):
         is_split_into_words=False,
         return_tensors=None,
         return_overflowing_tokens=False,
+        closed=None,
         **kwargs,
     ) -> BatchEncoding:
+        """`closed`: for each rendered chat, whether it ends in an answer and `</s>`. By default its text tells."""
         # The library's marking of control tokens that users typed is not needed: they are never read as such.
         kwargs.pop("sanitize_control_tokens", None)
         if is_split_into_words:
             is_batched = isinstance(text, (list, tuple)) and bool(text) and isinstance(text[0], (list, tuple))
         else:
             is_batched = isinstance(text, (list, tuple))
+        if is_batched and not text:
+            return BatchEncoding({name: [] for name in self.model_input_names}, [], tensor_type=return_tensors)
         if not is_batched:
             text, text_pair = [text], [text_pair] if text_pair else None
 
-        if self._closing_token != self.eos_token:
-            self.update_post_processor()
-        if text_pair is None and not is_split_into_words:
-            rendered = [isinstance(t, str) and t.startswith(RENDERED_CHAT) for t in text]
-            if any(rendered) and not all(rendered) and not add_special_tokens:
-                raise ValueError(
-                    "A batch holds chats rendered by the chat template and other texts, and add_special_tokens=False "
-                    "means different things for them: encode them apart."
-                )
-            if any(rendered):
-                add_special_tokens = True
-                # An empty pair ends in </s>, and nothing else.
-                text = [
-                    (t.removesuffix(self.eos_token), "") if r and t.endswith(self.eos_token) else t
-                    for t, r in zip(text, rendered)
-                ]
+        is_plain = text_pair is None and not is_split_into_words
+        rendered = [is_plain and isinstance(t, str) and t.startswith(RENDERED_CHAT) for t in text]
         try:
-            if is_split_into_words or return_overflowing_tokens or self._has_options(kwargs):
+            if any(rendered):
+                encodings = self._encode_rendered(text, rendered, closed, add_special_tokens, **kwargs)
+                encoded = self._to_batch_encoding(encodings, return_overflowing_tokens, **kwargs)
+            elif is_split_into_words or return_overflowing_tokens or self._has_options(kwargs):
                 encoded = super()._encode_plus(
                     text,
                     text_pair=text_pair,
@@ -328,7 +312,15 @@ class ChatGLMTokenizer(TokenizersBackend):
                     **kwargs,
                 )
             else:
-                encoded = self._encode_plain(text, text_pair, add_special_tokens, kwargs.get("verbose", True))
+                # Without options the library's handling of them takes as long as encoding a short text.
+                texts = text if text_pair is None else list(zip(text, text_pair, strict=True))
+                encodings = self._encode_raw(texts, add_special_tokens)
+                encoded = BatchEncoding(
+                    {"input_ids": [e.ids for e in encodings], "attention_mask": [e.attention_mask for e in encodings]},
+                    encodings,
+                )
+                for ids in encoded["input_ids"]:
+                    self._eventual_warn_about_too_long_sequence(ids, None, kwargs.get("verbose", True))
         except TypeError as error:
             check_surrogates((text, text_pair))
             raise error
@@ -340,6 +332,95 @@ class ChatGLMTokenizer(TokenizersBackend):
             encoded = BatchEncoding({name: value[0] for name, value in encoded.items()}, encoded.encodings)
         return encoded
 
+    def _encode_raw(self, texts: list, add_special_tokens: bool) -> list[Encoding]:
+        """The backend's encodings, without the padding and truncation that an earlier call may have left set."""
+        if self._tokenizer.truncation is not None:
+            self._tokenizer.no_truncation()
+        if self._tokenizer.padding is not None:
+            self._tokenizer.no_padding()
+        if not self._tokenizer.encode_special_tokens:
+            self._tokenizer.encode_special_tokens = self.split_special_tokens
+        return self._tokenizer.encode_batch(texts, add_special_tokens=add_special_tokens)
+
+    def _encode_rendered(
+        self,
+        texts: list[str],
+        rendered: list[bool],
+        closed: list[bool] | None,
+        add_special_tokens: bool,
+        padding_strategy=PaddingStrategy.DO_NOT_PAD,
+        truncation_strategy=TruncationStrategy.DO_NOT_TRUNCATE,
+        max_length: int | None = None,
+        stride: int = 0,
+        pad_to_multiple_of: int | None = None,
+        padding_side: str | None = None,
+        **kwargs,
+    ) -> list[Encoding]:
+        """
+        Encodes texts of which some are `rendered` chats: their prefix and closing token apart from what is between, which
+        is plain text. Offsets are into the whole text. Truncation keeps the prefix.
+        """
+        encodings = []
+        limit = max_length if truncation_strategy != TruncationStrategy.DO_NOT_TRUNCATE else None
+        for i, text in enumerate(texts):
+            is_closed, eos = False, self.eos_token or ""
+            if rendered[i]:
+                is_closed = bool(eos) and text.endswith(eos) and (closed[i] if closed is not None else ANSWER in text)
+            head = RENDERED_PREFIX if rendered[i] else ""
+            body = text[len(head) : len(text) - len(eos) if is_closed else None]
+            (encoding,) = self._encode_raw([body], add_special_tokens=False)
+            if is_closed:
+                encoding = Encoding.merge([encoding, self._special_encoding({eos: self.eos_token_id})], True)
+            prefix = dict(zip(("[gMASK]", "sop"), self.get_prefix_tokens()))
+            if limit is not None:
+                room = limit - (len(prefix) if head or add_special_tokens else 0)
+                encoding.truncate(max(room, 0), stride=stride, direction=self.truncation_side)
+            if head:
+                encoding = Encoding.merge([self._special_encoding(prefix), encoding], True)
+                encoding.set_sequence_id(0)  # one text, for char_to_token
+            elif add_special_tokens:
+                encoding = self._tokenizer.post_process(encoding)
+            encodings.append(encoding)
+
+        length = None
+        if padding_strategy == PaddingStrategy.LONGEST:
+            length = max(len(e) for e in encodings)
+        elif padding_strategy == PaddingStrategy.MAX_LENGTH:
+            length = max_length
+        if length is not None:
+            length += -length % (pad_to_multiple_of or 1)
+            for encoding in encodings:
+                encoding.pad(
+                    length,
+                    direction=padding_side or self.padding_side,
+                    pad_id=self.pad_token_id,
+                    pad_token=self.pad_token,
+                )
+        return encodings
+
+    @staticmethod
+    def _special_encoding(tokens: dict[str, int]) -> Encoding:
+        """The encoding of special tokens written one after the other."""
+        backend = Tokenizer(WordLevel(tokens))
+        backend.pre_tokenizer = pre_tokenizers.Split("|".join(tokens), "isolated")
+        backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in tokens])
+        return backend.encode("".join(tokens))
+
+    def _to_batch_encoding(self, encodings: list[Encoding], return_overflowing_tokens: bool, **kwargs) -> BatchEncoding:
+        names = "token_type_ids attention_mask special_tokens_mask offsets_mapping length".split()
+        options = {f"return_{name}": kwargs[f"return_{name}"] for name in names if f"return_{name}" in kwargs}
+        data, all_encodings = {}, []
+        for i, encoding in enumerate(encodings):
+            row, parts = self._convert_encoding(
+                encoding, return_overflowing_tokens=return_overflowing_tokens, **options
+            )
+            all_encodings += parts
+            if return_overflowing_tokens:
+                row["overflow_to_sample_mapping"] = [i] * len(parts)
+            for name, values in row.items():
+                data.setdefault(name, []).extend(values)
+        return BatchEncoding(data, all_encodings)
+
     @staticmethod
     def _has_options(kwargs: dict) -> bool:
         defaults = {
@@ -350,24 +431,6 @@ class ChatGLMTokenizer(TokenizersBackend):
         return any(value not in (None, False, 0, defaults.get(name)) for name, value in kwargs.items()) or (
             kwargs.get("return_attention_mask") is False or kwargs.get("split_special_tokens") is False
         )
-
-    def _encode_plain(self, text, text_pair, add_special_tokens, verbose) -> BatchEncoding:
-        """What the library's method gives without options. For short texts those take as long as the encoding itself."""
-        if self._tokenizer.truncation is not None:
-            self._tokenizer.no_truncation()
-        if self._tokenizer.padding is not None:
-            self._tokenizer.no_padding()
-        if not self._tokenizer.encode_special_tokens:
-            self._tokenizer.encode_special_tokens = self.split_special_tokens
-        texts = text if text_pair is None else list(zip(text, text_pair, strict=True))
-        encodings = self._tokenizer.encode_batch(texts, add_special_tokens=add_special_tokens)
-        input_ids = [e.ids for e in encodings]
-        for ids in input_ids:
-            self._eventual_warn_about_too_long_sequence(ids, None, verbose)
-        data = {"input_ids": input_ids}
-        if "attention_mask" in self.model_input_names:
-            data["attention_mask"] = [e.attention_mask for e in encodings]
-        return BatchEncoding(data, encodings)
 
     def _pad(self, encoded_inputs, *args, padding_side=None, **kwargs) -> dict:
         length = len(encoded_inputs["input_ids"])
@@ -383,30 +446,25 @@ class ChatGLMTokenizer(TokenizersBackend):
             encoded_inputs["position_ids"] = position_ids
         return encoded_inputs
 
-    def apply_chat_template(self, conversation, *args, **kwargs):
+    def apply_chat_template(self, conversation, *args, continue_final_message=False, tokenizer_kwargs=None, **kwargs):
         """
         The library's method. A system message is prepended to the first query, as ChatGLM2 has no place of its own for
         it. Only the last answer counts as generated (`return_assistant_tokens_mask`): answers in the history are
         followed by the next round, not by `</s>`, and the model must not learn to write that.
         """
-        output = super().apply_chat_template(conversation, *args, **kwargs)
-        if isinstance(output, BatchEncoding) and "assistant_masks" in output and "attention_mask" in output:
-            self._close_assistant_masks(output)
-        return output
-
-    def _close_assistant_masks(self, output: BatchEncoding):
-        # The library finds no character for </s>: it takes the answer to reach to the end of the row, padding included,
-        # and an empty one to be nothing. Only the template writes </s>, so where that is, the answer ends.
-        masks, attention, ids = (output[k] for k in ("assistant_masks", "attention_mask", "input_ids"))
-        if hasattr(masks, "shape"):
-            output["assistant_masks"] = ((masks == 1) | (ids == self.eos_token_id)) * attention
-        elif isinstance(ids[0], list):
-            output["assistant_masks"] = [self._close_mask(*row) for row in zip(masks, attention, ids)]
-        else:
-            output["assistant_masks"] = self._close_mask(masks, attention, ids)
-
-    def _close_mask(self, mask: list[int], attention: list[int], ids: list[int]) -> list[int]:
-        return [int((m or i == self.eos_token_id) and a) for m, a, i in zip(mask, attention, ids)]
+        is_batched = bool(conversation) and (
+            isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "messages")
+        )
+        chats = [getattr(chat, "messages", chat) for chat in (conversation if is_batched else [conversation])]
+        # Where the template writes </s>: not where the last message, a query or a beginning of an answer, ends in it.
+        closed = [not continue_final_message and bool(chat) and chat[-1]["role"] == "assistant" for chat in chats]
+        return super().apply_chat_template(
+            conversation,
+            *args,
+            continue_final_message=continue_final_message,
+            tokenizer_kwargs={**(tokenizer_kwargs or {}), "closed": closed},
+            **kwargs,
+        )
 
     def _mark_chat_inputs(self, chat_template, conversations, tools, documents, template_kwargs, *args):
         # Rounds that contain the text of special tokens are encoded as text anyway; marks would change their ids.
@@ -419,15 +477,16 @@ class ChatGLMTokenizer(TokenizersBackend):
 
     def _decode(self, token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=None, **kwargs) -> str:
         token_ids = [token_ids] if isinstance(token_ids, int) else token_ids
-        special = set(self.all_special_ids)
+        special = {*self.all_special_ids, *self.tokenizer.special_tokens.values()}
+        pieces = self.tokenizer.sp_model.vocab_size()
         text, run = "", []
         for i in token_ids:
             # Between special tokens SentencePiece decodes whole runs, as bytes of one character may span tokens.
-            if i in special or i >= self.vocab_size:
-                if not skip_special_tokens or i not in special:
-                    text += self.tokenizer.sp_model.decode(run) + self._convert_id_to_token(i)
-                    run = []
-            elif i >= 0:
+            is_shown = not skip_special_tokens or i not in special
+            if i >= self.vocab_size or (i in special and is_shown):
+                text += self.tokenizer.sp_model.decode(run) + (self._convert_id_to_token(i) if is_shown else "")
+                run = []
+            elif 0 <= i < pieces and i not in special:
                 run.append(i)
         return text + self.tokenizer.sp_model.decode(run)
 

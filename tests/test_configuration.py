@@ -102,6 +102,20 @@ def test_rope(chatglm):
     assert legacy.rope_parameters["rope_type"] == "dynamic"
 
 
+def test_context_extended_beyond_the_checkpoint(chatglm):
+    """YaRN keeps what the checkpoint was trained with apart from what is asked for."""
+    yarn = {"rope_type": "yarn", "factor": 2.0}
+    config = chatglm.ChatGLMConfig.from_pretrained(ROOT, seq_length=65536, rope_parameters=yarn)
+    assert config.rope_parameters["original_max_position_embeddings"] == 32768
+    assert "original_max_position_embeddings" not in yarn
+
+
+def test_rebuilt_from_its_dict(chatglm):
+    values = chatglm.ChatGLMConfig(num_attention_heads=4).to_dict()
+    config = chatglm.ChatGLMConfig(**{**values, "num_attention_heads": 8})
+    assert (config.multi_query_attention, config.num_key_value_heads) == (False, 8)
+
+
 def test_quantization_bit(chatglm):
     assert not hasattr(chatglm.ChatGLMConfig(), "quantization_config")
     config = chatglm.ChatGLMConfig(quantization_bit=4)
@@ -119,7 +133,14 @@ def test_quantization_bit(chatglm):
         dict(seq_length=0),
         dict(hidden_size=-4),
         dict(hidden_dropout=1.5),
+        dict(ffn_hidden_size=0),
         dict(layernorm_epsilon=0.0),
+        dict(layernorm_epsilon=float("inf")),
+        dict(rope_parameters={"rope_type": "foo"}),
+        dict(rope_parameters={"rope_type": "linear", "factor": 0.0}),
+        dict(rope_parameters={"rope_type": "default", "rope_theta": -1.0}),
+        dict(multi_query_attention=True, multi_query_group_num=2, num_key_value_heads=4),
+        dict(kv_channels=16, head_dim=8),
         dict(rope_ratio=0),
         dict(quantization_bit=3),
         dict(pre_seq_len=0),

@@ -1,18 +1,20 @@
 """Tokenizer: SentencePiece's ids and text exactly, the prompt format, and special tokens that no user can type."""
 
 import json
+import pickle
 import shutil
 
 import pytest
 import sentencepiece
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer, TextIteratorStreamer
+from transformers import AddedToken, AutoTokenizer, TextIteratorStreamer
 
 from conftest import ROOT, TINY
 
 
+RENDERED = "[gMASK]sop[Round 1]\n\n问："
 SPECIAL = ["[MASK]", "[gMASK]", "[sMASK]", "sop", "eop", "</s>", "<s>", "<unk>", "<0x0A>"]
 # Any Unicode but lone surrogates, with what is special here made likely.
 texts = st.lists(
@@ -64,6 +66,7 @@ def test_reference_vectors(real_tokenizer, shared):
 @settings(max_examples=300, deadline=None)
 @given(text=texts)
 def test_equals_sentencepiece(tokenizer, text):
+    assume(not text.startswith("[gMASK]sop[Round 1]\n\n问："))  # a whole rendered chat, the documented exception
     sp = tokenizer.tokenizer.sp_model
     ids = sp.encode(text)
     assert tokenizer.encode(text, add_special_tokens=False) == ids
@@ -109,7 +112,14 @@ def test_special_tokens_are_not_read_from_text(tokenizer, text):
         tokenizer.encode(text, add_special_tokens=False),
         tokenizer.convert_tokens_to_ids(tokenizer.tokenize(text)),
         tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)["input_ids"][2:],
+        tokenizer.apply_chat_template([{"role": "user", "content": text}])["input_ids"][2:],
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}, {"role": "assistant", "content": text}], continue_final_message=True
+        )["input_ids"][2:],
         tokenizer(tokenizer.build_prompt(text, [(text, text)]))["input_ids"][2:],
+        tokenizer(RENDERED, text)["input_ids"][2:-1],
+        tokenizer([RENDERED, text], is_split_into_words=True)["input_ids"][2:],
+        tokenizer(RENDERED + text)["input_ids"][2:],
     ]
     for ids in outputs:
         assert not special & set(ids), (text, ids)
@@ -166,6 +176,57 @@ def test_chat_template(tokenizer, rounds, query, answer):
     assert encoded["assistant_masks"] == [0] * len(prompt_ids) + [1] * len(answer_ids)
 
 
+def test_rendered_chat_in_other_places_is_text(tokenizer):
+    sp, prefix = tokenizer.tokenizer.sp_model, tokenizer.get_prefix_tokens()
+    text = RENDERED + "x</s>"
+    assert tokenizer(text, "b")["input_ids"] == prefix + sp.encode(text) + sp.encode("b") + [2]
+    assert tokenizer([text], is_split_into_words=True)["input_ids"] == prefix + sp.encode(text)
+
+
+def test_rendered_chat_options(tokenizer):
+    """Offsets into the whole text, padding, truncation and overflow, also beside other texts."""
+    chat = [{"role": "user", "content": "Hello 你好"}, {"role": "assistant", "content": "Fine, thanks 谢谢"}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False)
+    encoded = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True)
+    ids = encoded["input_ids"]
+    assert {i for a, b in encoded["offset_mapping"] for i in range(a, b)} == set(range(len(text)))
+    assert [text[a:b] for a, b in encoded["offset_mapping"]][:2] == ["[gMASK]", "sop"]
+    assert encoded.char_to_token(text.index("Fine")) is not None
+    assert encoded.char_to_token(len(text) - 1) == len(ids) - 1
+    batch = tokenizer([text, "Hello"], padding=True, padding_side="right", pad_to_multiple_of=8)
+    plain = tokenizer("Hello")["input_ids"]
+    n = len(batch["input_ids"][0])
+    assert n % 8 == 0 and batch["input_ids"] == [ids + [0] * (n - len(ids)), plain + [0] * (n - len(plain))]
+    assert batch["attention_mask"][1] == [1] * len(plain) + [0] * (n - len(plain))
+    mixed = tokenizer([text, "Hello"], add_special_tokens=False)["input_ids"]
+    assert mixed == [ids, plain[2:]]
+    for side, rest in (("right", ids[2:12]), ("left", ids[-10:])):
+        tokenizer.truncation_side = side
+        assert tokenizer(text, truncation=True, max_length=12)["input_ids"] == ids[:2] + rest
+    tokenizer.truncation_side = "right"
+    parts = tokenizer(text, truncation=True, max_length=12, return_overflowing_tokens=True)
+    assert parts["input_ids"][0] == ids[:12] and sum(map(len, parts["input_ids"])) >= len(ids)
+    assert tokenizer([text, text], return_tensors="pt")["input_ids"].shape == (2, len(ids))
+
+
+def test_empty_batch(tokenizer):
+    assert dict(tokenizer([])) == {"input_ids": [], "attention_mask": [], "position_ids": []}
+
+
+def test_tokens_of_programs(tokenizer, chatglm, tmp_path):
+    """Tokens that a program adds are read from text and decoded; GLM's own stay what they are."""
+    tokenizer.save_pretrained(tmp_path)
+    other = chatglm.ChatGLMTokenizer.from_pretrained(tmp_path)
+    token = AddedToken("<|tool|>", special=True, normalized=False)
+    other.add_special_tokens({"additional_special_tokens": [token]})
+    assert token.special  # the caller's object is left alone
+    ids = other("call <|tool|> [gMASK]")["input_ids"]
+    assert len(tokenizer) in ids and tokenizer.get_command("[gMASK]") not in ids[1:]
+    assert other.decode(ids) == "[gMASK]sop" + "call <|tool|> [gMASK]"
+    assert other.decode(ids, skip_special_tokens=True) == "call  [gMASK]"
+    assert pickle.loads(pickle.dumps(other))("a <|tool|>") == other("a <|tool|>")
+
+
 def test_chat_template_batch_masks(tokenizer):
     """Padding on the right is not part of an answer."""
     chats = [[{"role": "user", "content": "a"}, {"role": "assistant", "content": c}] for c in ("b", "c c c c c")]
@@ -194,10 +255,14 @@ def test_system_message_and_parts(tokenizer):
         [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}],
         [{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}],
         [{"role": "user", "content": [{"type": "image"}]}],
+        [{"role": "system", "content": "a"}],
+        [{"role": "user", "content": None}],
+        [{"role": "user", "content": 5}],
+        [{"role": "user", "content": "a"}, {"role": "assistant"}],
     ],
 )
 def test_bad_messages(tokenizer, messages):
-    with pytest.raises(Exception, match="roles must alternate|reads text only"):
+    with pytest.raises(Exception, match="roles must alternate|reads text only|system message only|must be a string"):
         tokenizer.apply_chat_template(messages)
 
 
@@ -262,7 +327,7 @@ def test_missing_model(chatglm, tmp_path):
     with pytest.raises(ValueError, match="tokenizer.model not found"):
         chatglm.ChatGLMTokenizer(tmp_path / "tokenizer.model")
     shutil.copy(ROOT / "tokenizer_config.json", tmp_path)
-    with pytest.raises((ValueError, OSError)):
+    with pytest.raises((ValueError, OSError), match="tokenizer.model not found|Can't load tokenizer"):
         chatglm.ChatGLMTokenizer.from_pretrained(tmp_path)
 
 
