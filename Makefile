@@ -9,37 +9,43 @@ ESSENTIALS = $(patsubst %,tests/test_%.py,configuration golden tokenization chat
 
 .PHONY: chat test test-matrix lint bench clean
 
+# The shell gets the prompt as it is, whatever characters are in it.
+export PROMPT
 chat: .venv/installed
-	@.venv/bin/python examples/cli_chat.py --model $(MODEL) $(if $(PROMPT),--prompt "$(PROMPT)")
+	@.venv/bin/python examples/cli_chat.py --model "$(MODEL)" $(if $(value PROMPT),--prompt "$$PROMPT")
 
-test: .venv/installed
+test: .venv/installed-test
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 test-matrix: $(MATRIX:%=test-transformers-%)
 
-test-transformers-%: .venv-%/installed
+test-transformers-%: .venv-%/installed-test
 	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -n 2 $(ESSENTIALS) $(ARGS)
 
-lint: .venv/installed
+lint: .venv/installed-test
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
 bench: .venv/installed
 	.venv/bin/python -m benchmarks.tokenizer
 
-define install
-	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt transformers==$(1) -e ".[test]"
-	touch $@
-endef
+PIP = $(@D)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .venv/installed: setup.cfg constraints.txt
-	$(call install,$(TRANSFORMERS))
+	$(PYTHON) -m venv $(@D)
+	$(PIP) transformers==$(TRANSFORMERS) -e .
+	touch $@
 
 .venv-%/installed: setup.cfg constraints.txt
-	$(call install,$*)
+	$(PYTHON) -m venv $(@D)
+	$(PIP) transformers==$* -e .
+	touch $@
 
-.PRECIOUS: .venv-%/installed
+%/installed-test: %/installed
+	$(PIP) -e ".[test]"
+	touch $@
+
+.PRECIOUS: .venv-%/installed %/installed-test
 
 clean:
 	rm -rf .venv .venv-* build *.egg-info

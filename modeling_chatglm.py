@@ -8,13 +8,14 @@ import bisect
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 from torch.nn import LayerNorm
 from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, WeightConverter, WeightRenaming
@@ -108,6 +109,14 @@ class RotaryEmbedding(nn.Module):
         dim = int(config.kv_channels * config.rope_parameters["partial_rotary_factor"])
         exponents = torch.arange(0, dim, 2, dtype=torch.float, device=device) / dim
         return 1.0 / config.rope_parameters["rope_theta"] ** exponents, 1.0
+
+    def _apply(self, fn, recurse=True):
+        # model.half() and the like would round the frequencies, and with them every angle: they change device only.
+        frequencies = {name: buffer for name, buffer in self._buffers.items() if not buffer.is_meta}
+        super()._apply(fn, recurse)
+        for name, buffer in frequencies.items():
+            self._buffers[name] = buffer.to(self._buffers[name].device)
+        return self
 
     @torch.no_grad()
     @dynamic_rope_update
@@ -435,8 +444,16 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         return nn.Module.float(self) if self.quantized else super().float()
 
     def _init_weights(self, module: nn.Module):
+        prefix_encoder = getattr(self.base_model, "prefix_encoder", None)
         if hasattr(module, "weight_scale"):  # a QuantizedLinear, perhaps of another copy of the module
             init_scales(module)
+        elif prefix_encoder is not None and any(module is part for part in prefix_encoder.modules()):
+            # torch's own initialization, as published: the recipes' learning rates are made for it.
+            if isinstance(module, nn.Embedding):
+                init.normal_(module.weight)
+            elif isinstance(module, nn.Linear):
+                init.kaiming_uniform_(module.weight, a=5**0.5)
+                init.uniform_(module.bias, -(module.in_features**-0.5), module.in_features**-0.5)
         else:
             super()._init_weights(module)
 
@@ -544,6 +561,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             check_range("input_ids", input_ids, self.config.padded_vocab_size, "the vocabulary (padded_vocab_size)")
             inputs_embeds = self.embedding(input_ids)
         batch_size, seq_length = inputs_embeds.shape[:2]
+        if full_attention_mask is not None:
+            attention_mask = ~full_attention_mask.bool()
         if past_key_values is not None and not isinstance(past_key_values, Cache):
             past_key_values = cache_from_legacy(past_key_values)
         if use_cache and past_key_values is None:
@@ -564,15 +583,14 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
                     prefix = None
             else:
                 seen = seen - self.pre_seq_len
-            if attention_mask is not None and attention_mask.dim() == 2:
-                ones = attention_mask.new_ones((batch_size, self.pre_seq_len))
-                attention_mask = torch.cat((ones, attention_mask), dim=1)
+            if attention_mask is not None:
+                # The prefix is visible to all: 1, true, or 0 added to the scores.
+                visible = 0 if attention_mask.dim() == 4 and attention_mask.is_floating_point() else 1
+                attention_mask = nn.functional.pad(attention_mask, (self.pre_seq_len, 0), value=visible)
 
         if position_ids is None:
             position_ids = (torch.arange(seq_length, device=inputs_embeds.device) + seen)[None]
         warn_beyond_context(position_ids, self.config.seq_length)
-        if full_attention_mask is not None:
-            attention_mask = ~full_attention_mask.bool()
         attention_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
@@ -610,9 +628,9 @@ def check_range(name: str, ids: torch.Tensor, limit: int, of_what: str):
 def warn_beyond_context(position_ids: torch.Tensor, seq_length: int):
     if position_ids.device.type != "cpu" or torch.compiler.is_compiling() or position_ids.numel() == 0:
         return
-    if (last := int(position_ids.max())) >= seq_length:
+    if int(position_ids.max()) >= seq_length:
         logger.warning_once(
-            f"Position {last} is beyond the {seq_length} that this model was made for (seq_length): expect poor text. "
+            f"There are positions beyond the {seq_length} that this model was made for (seq_length): expect poor text. "
             "Shorten the input, or extend the context with rope_parameters (linear, dynamic, yarn) and seq_length."
         )
 
@@ -654,6 +672,27 @@ class InvalidScoreLogitsProcessor(LogitsProcessor):
         return torch.where(invalid[:, None], end, scores)
 
 
+def capture_torch_context() -> Callable[[], ExitStack]:
+    """Returns what enters, in another thread, the settings of torch that hold in this one and would be lost there."""
+    is_inference = torch.is_inference_mode_enabled()
+    device_types = ["cpu"] + (
+        [torch.accelerator.current_accelerator().type] if torch.accelerator.is_available() else []
+    )
+    autocast = {t: (torch.is_autocast_enabled(t), torch.get_autocast_dtype(t)) for t in device_types}
+    device_index = torch.accelerator.current_device_index() if torch.accelerator.is_available() else None
+
+    def enter() -> ExitStack:
+        stack = ExitStack()
+        stack.enter_context(torch.inference_mode(is_inference))
+        for device_type, (enabled, dtype) in autocast.items():
+            stack.enter_context(torch.autocast(device_type, dtype=dtype, enabled=enabled))
+        if device_index is not None:
+            torch.accelerator.set_device_index(device_index)
+        return stack
+
+    return enter
+
+
 class TokenStreamer(BaseStreamer):
     """
     Hands the tokens of each step of `generate`, which runs in a thread of its own, to an iterating consumer.
@@ -686,9 +725,12 @@ class TokenStreamer(BaseStreamer):
     def run(self, generate: Callable) -> Iterator[torch.Tensor]:
         """Calls `generate(streamer=self)`, and yields what it puts; exceptions in it are raised here."""
 
+        enter_context = capture_torch_context()
+
         def target():
             try:
-                generate(streamer=self)
+                with enter_context():
+                    generate(streamer=self)
             except self.Stopped:
                 pass
             except BaseException as error:
@@ -746,6 +788,8 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.max_sequence_length = config.seq_length
         self.transformer = ChatGLMModel(config)
+        # A P-Tuning prefix enters the cache in the first forward only, which depends on data.
+        self._can_compile_fullgraph = config.pre_seq_len is None
         self.post_init()
         if device is not None:
             self.to(device)
@@ -827,6 +871,12 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         return LogitsProcessorList([InvalidScoreLogitsProcessor(eos_token_id), *processors])
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, mode, batch_size, max_cache_length):
+        cache = model_kwargs.get("past_key_values")
+        if self.config.pre_seq_len is not None and isinstance(cache, Cache) and int(cache.get_seq_length()):
+            raise ValueError(
+                "With a P-Tuning prefix (pre_seq_len) generate cannot go on from a cache: it would take the prefix in it "
+                "for tokens of the prompt. Pass the whole prompt without past_key_values."
+            )
         max_cache_length += self.config.pre_seq_len or 0
         return super()._prepare_cache_for_generation(
             generation_config, model_kwargs, mode, batch_size, max_cache_length
@@ -901,7 +951,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             max_length=max_length, num_beams=num_beams, do_sample=do_sample, top_p=top_p, temperature=temperature
         )
         options = self._chat_options(options, logits_processor, kwargs)
-        if not isinstance(query, str) and isinstance(query, Sequence):
+        if not isinstance(query, str) and isinstance(query, (list, tuple)):
             if past_key_values is not None or return_past_key_values:
                 raise ValueError("A batch of queries has no cache to reuse: leave past_key_values out, or chat singly.")
             return self._chat_batch(tokenizer, query, history, options)
@@ -912,6 +962,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         output = self.generate(**inputs, **options)
         output = output if isinstance(output, torch.Tensor) else output.sequences
         ids = output[0].tolist()
+        self._warn_if_cut(tokenizer, ids)
         response = self._finish_round(tokenizer, query, record, ids, inputs["input_ids"].shape[1])
         history.append((query, response))
         return (response, history, cache) if return_past_key_values else (response, history)
@@ -952,6 +1003,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
                 yield self._stream_item(query, response, history, cache, return_past_key_values)
             else:
                 record.ids = ids
+        self._warn_if_cut(tokenizer, ids)
         last = self._finish_round(tokenizer, query, record, ids, prompt_length)
         if last != response:
             yield self._stream_item(query, last, history, cache, return_past_key_values)
@@ -976,6 +1028,8 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             return_past_key_values (`bool`): Whether to yield the cache too, which holds all tokens but the last.
             kwargs: Any other argument of `generate`.
         """
+        if "streamer" in kwargs:
+            raise ValueError("Streaming has a streamer of its own. To use another, pass it to chat or generate.")
         if (kwargs.get("num_beams") or getattr(generation_config, "num_beams", None) or 1) > 1:
             raise ValueError(
                 "Beam search cannot be streamed, as it may change earlier tokens: use num_beams=1, or chat."
@@ -1010,7 +1064,17 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             options.update(do_sample=False, top_p=1.0, temperature=1.0)
         if logits_processor is not None:
             options["logits_processor"] = LogitsProcessorList(logits_processor)
-        return {**options, **kwargs}
+        options = {**options, **kwargs}
+        if (options.get("num_return_sequences") or 1) > 1:
+            raise ValueError(
+                "chat gives one answer: num_return_sequences must be 1. For several, call it several times."
+            )
+        for name in ("max_new_tokens", "max_length"):
+            if options.get(name) is None:
+                options.pop(name, None)
+            elif options[name] < 1:
+                raise ValueError(f"{name} must be at least 1, got {options[name]}.")
+        return options
 
     def _chat_cache(self, past_key_values: Cache | None, return_past_key_values: bool, options: dict) -> Cache | None:
         """Returns the cache of a chat, with a `ChatRecord` of what is in it."""
@@ -1024,6 +1088,11 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
                     "past_key_values."
                 )
             cache = DynamicCache(config=self.config)
+        if (options.get("num_beams") or 1) > 1 or options.get("use_cache") is False:
+            raise ValueError(
+                "With num_beams > 1 or use_cache=False there is no cache to keep for the next round: leave out "
+                "past_key_values and return_past_key_values."
+            )
         if not isinstance(cache, Cache):
             raise ValueError(
                 f"past_key_values must be what chat or stream_chat returned, got {type(cache).__name__}: the rounds that "
@@ -1049,17 +1118,16 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         """
         self._check_chat(tokenizer, query)
         old_record = cache.chat_record if cache is not None else ChatRecord()
-        prompt_limit, options = self._limit_length(options)
+        history_limit, prompt_limit, options = self._limit_length(options, cache)
 
         def continue_from(start: int) -> ChatRecord:
             return continue_record(tokenizer, old_record, query, history[start:])
 
         start, record = 0, continue_from(0)
-        if len(record.ids) > prompt_limit:  # leave out as few of the oldest rounds as will do
-            fits = bisect.bisect_left(
-                range(1, len(history) + 1), True, key=lambda start: len(continue_from(start).ids) <= prompt_limit
+        if len(record.ids) > history_limit:  # leave out as few of the oldest rounds as will do
+            start = bisect.bisect_left(
+                range(len(history)), True, key=lambda start: len(continue_from(start).ids) <= history_limit
             )
-            start = min(fits + 1, len(history))
             record = continue_from(start)
         if len(record.ids) > prompt_limit:
             raise ValueError(
@@ -1068,8 +1136,8 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             )
         if start:
             logger.warning(
-                f"The dialogue is too long for {prompt_limit} tokens: its {start} oldest of {len(history)} rounds are "
-                "left out of what the model reads."
+                f"The dialogue is too long for a context of {options['max_length']} tokens: its {start} oldest of "
+                f"{len(history)} rounds are left out of what the model reads."
             )
         if "max_new_tokens" in options:
             limit = len(record.ids) + options.pop("max_new_tokens")
@@ -1095,37 +1163,53 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         if query == "":
             logger.warning("The query is empty: the model answers to nothing in particular.")
 
-    def _limit_length(self, options: dict) -> tuple[int, dict]:
-        """Caps the lengths in `options` by the context; returns how long a prompt may be, and the options."""
+    def _limit_length(self, options: dict, cache: Cache | None = None) -> tuple[int, int, dict]:
+        """
+        Caps the lengths in `options` by the context.
+
+        Returns:
+            How long a prompt with history may be, so that there is room for an answer; how long one may be at all; and
+            the options.
+        """
         options, context = dict(options), self.config.seq_length
+        for layer in cache.layers if cache is not None else ():
+            context = min(context, getattr(layer, "max_cache_len", context))  # of a static cache
         generation_config = options.get("generation_config")
         for name in ("max_new_tokens", "max_length"):
             if name not in options and getattr(generation_config, name, None) is not None:
                 options[name] = getattr(generation_config, name)
-        if options.get("max_new_tokens") is not None:
+        if "max_new_tokens" in options:
             options["max_length"] = context
-            return max(context - options["max_new_tokens"], context // 2), options
-        options.pop("max_new_tokens", None)
+            return max(context - options["max_new_tokens"], context // 2), context - 1, options
         max_length = options.get("max_length", 8192)
         if max_length > context and max_length != 8192:
             logger.warning(
                 f"max_length={max_length} is beyond the context of {context} tokens (seq_length): the dialogue is kept "
                 f"within {context}."
             )
-        options["max_length"] = min(max_length, context)
-        return options["max_length"] - 1, options
+        max_length = options["max_length"] = min(max_length, context)
+        return max_length - min(max_length // 4, 512), max_length - 1, options
+
+    def _warn_if_cut(self, tokenizer, ids: list[int]):
+        if len(ids) >= self.config.seq_length and ids[-1] != tokenizer.eos_token_id:
+            logger.warning(
+                f"The answer was cut at the end of the context of {self.config.seq_length} tokens (seq_length)."
+            )
 
     def _crop_cache(self, cache: Cache, ids: list[int]):
         """Leaves in the cache what it holds of the beginning of `ids`, short of the last: that has to be computed."""
-        cached = int(cache.get_seq_length())
-        kept = common_prefix(cache.chat_record.ids[:cached], ids[:-1])
+        lengths = [int(layer.get_seq_length()) for layer in cache.layers]
+        # An interrupted forward leaves layers of different length, and an interrupted prompt lookup candidates that were
+        # rejected, at the end and in the place of the last token.
+        valid = min([*lengths, max(len(cache.chat_record.ids) - 1, 0)])
+        kept = common_prefix(cache.chat_record.ids[:valid], ids[:-1])
         if self.config.pre_seq_len is not None:
             kept = 0  # `generate` would take the P-Tuning prefix in the cache for tokens of the prompt
-        if cached == kept:
-            return
         if all(type(layer) is DynamicLayer for layer in cache.layers):
-            cache.crop(kept - cached)
-        else:  # a static cache cannot be cropped
+            for layer, length in zip(cache.layers, lengths):
+                if length > kept:
+                    layer.crop(kept - length)
+        elif any(length != kept for length in lengths):  # a static cache cannot be cropped
             cache.reset()
 
     def _finish_round(self, tokenizer, query: str, record: ChatRecord, ids: list[int], prompt_length: int) -> str:
@@ -1160,14 +1244,16 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         inputs = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(self.device)
         prompt_length = inputs["input_ids"].shape[1]
         # Limits of single rounds count from the beginning of each prompt: padding does not shorten the answers.
-        _, options = self._limit_length(options)
+        *_, options = self._limit_length(options)
         if "max_new_tokens" not in options:
             options["max_new_tokens"] = options["max_length"] - min(len(prompt) for prompt in prompts)
         options.pop("max_length")
         outputs = self.generate(**inputs, **options)
         outputs = outputs if isinstance(outputs, torch.Tensor) else outputs.sequences
         responses = []
-        for (record, _, single), query, history, output in zip(rounds, queries, histories, outputs.tolist()):
+        for (record, _, single), query, history, output in zip(
+            rounds, queries, histories, outputs.tolist(), strict=True
+        ):
             ids = record.ids + output[prompt_length:]
             ids = ids[: single["max_length"]]
             responses.append(self._finish_round(tokenizer, query, record, ids, len(record.ids)))
@@ -1197,14 +1283,23 @@ def continue_record(tokenizer, record: ChatRecord, query: str, history: Sequence
     """
     Returns the record of `history` and a new `query`. The rounds at its beginning that `record` knows keep the ids that
     they were generated with, which may differ from those of their text; the rest is encoded.
+
+    It is encoded round by round, which gives the same ids as all at once: rounds begin with newlines, which are pieces
+    of their own.
     """
     prompt = tokenizer.build_prompt(query, history)
-    known = common_prefix(record.rounds, [tuple(pair) for pair in history])
-    if not known:
-        return ChatRecord(ids=tokenizer.encode(prompt))
-    ids = record.ids[: record.ends[known - 1]]
-    ids = ids + encode_continuation(tokenizer, prompt[len(rounds_text(tokenizer, history[:known])) :])
-    return ChatRecord(ids=ids, rounds=record.rounds[:known], ends=record.ends[:known])
+    rounds = [tuple(pair) for pair in history]
+    known = common_prefix(record.rounds, rounds)
+    ids, ends = record.ids[: record.ends[known - 1]] if known else [], record.ends[:known]
+    begin = len(rounds_text(tokenizer, rounds[:known])) if known else 0
+    for i in range(known, len(rounds) + 1):
+        end = len(rounds_text(tokenizer, rounds[: i + 1])) if i < len(rounds) else None
+        text = prompt[begin:end]
+        ids = ids + (encode_continuation(tokenizer, text) if i else tokenizer.encode(text))
+        if end is not None:
+            ends = [*ends, len(ids)]
+            begin = end
+    return ChatRecord(ids=ids, rounds=rounds, ends=ends)
 
 
 def answer_ids(tokenizer, ids: list[int]) -> list[int]:
@@ -1267,6 +1362,8 @@ class ChatGLMForSequenceClassification(ChatGLMPreTrainedModel):
         hidden_states = outputs.last_hidden_state
         # The published code takes the last position, which is padding if that is on the right.
         last = torch.full(hidden_states.shape[:1], -1, device=hidden_states.device)
+        if attention_mask is None and input_ids is not None and self.config.pad_token_id is not None:
+            attention_mask = (input_ids != self.config.pad_token_id).int()
         if attention_mask is not None and attention_mask.dim() == 2:
             mask = attention_mask[:, -hidden_states.shape[1] :].to(hidden_states.device)
             last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(dim=-1)

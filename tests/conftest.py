@@ -88,13 +88,11 @@ def small_model(chatglm):
 
 @pytest.fixture
 def logs(caplog):
-    """What the library and the package log; their loggers do not propagate to pytest's."""
-    loggers = [logging.getLogger(name) for name in ("transformers", "transformers_modules")]
-    for logger in loggers:
-        logger.addHandler(caplog.handler)
+    """What the package and the library log; the library's logger does not propagate to pytest's."""
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
     yield caplog
-    for logger in loggers:
-        logger.removeHandler(caplog.handler)
+    logger.removeHandler(caplog.handler)
 
 
 @pytest.fixture(scope="session")

@@ -247,6 +247,76 @@ def test_edited_history(model, tokenizer, computed):
     assert cache.chat_record.ids == ids + uncached_answer(model, ids)
 
 
+def test_history_that_chat_did_not_make(model, tokenizer):
+    """A dialogue that begins with a given history: its rounds are known apart, and can be dropped."""
+    _, history, cache = model.chat(
+        tokenizer, "second", [("first question", "first answer")], return_past_key_values=True, **GREEDY
+    )
+    assert cache.chat_record.rounds == history and len(cache.chat_record.ends) == 2
+    _, _, cache = model.chat(
+        tokenizer, "third", history[1:], past_key_values=cache, return_past_key_values=True, **GREEDY
+    )
+    text = tokenizer.decode(cache.chat_record.ids, skip_special_tokens=True)
+    assert "first question" not in text and text.count("[Round ") == 2
+    prompt = tokenizer(tokenizer.build_prompt("third", history[1:]))["input_ids"]
+    assert cache.chat_record.ids == prompt + uncached_answer(model, prompt)
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_interrupted_prompt_lookup(model, tokenizer, steps):
+    """Candidates that were rejected are in the cache when the stream stops."""
+    query = "a b c a b c a b c a b c"
+    stream = model.stream_chat(tokenizer, query, return_past_key_values=True, prompt_lookup_num_tokens=4, **GREEDY)
+    for _ in range(steps):
+        _, history, cache = next(stream)
+    stream.close()
+    shown = cache.chat_record.ids[: cache.chat_record.ends[-1]]
+    _, _, cache = model.chat(tokenizer, "b", history, past_key_values=cache, return_past_key_values=True, **GREEDY)
+    prompt = shown + tokenizer.encode("\n\n[Round 2]\n\n问：b\n\n答：", add_special_tokens=False)[1:]
+    assert cache.chat_record.ids == prompt + uncached_answer(model, prompt)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("after", [1, 4])
+def test_error_in_the_middle_of_a_forward(model, tokenizer, stream, after):
+    """Out of memory, Ctrl-C: one layer has the new positions and the next has not. The round can be repeated."""
+    _, history, cache = model.chat(tokenizer, "你好", return_past_key_values=True, **GREEDY)
+    kept = cache.chat_record.ids[: cache.chat_record.ends[-1]]
+    calls = []
+
+    def fail(*args):
+        calls.append(args)
+        if len(calls) == after:
+            raise MemoryError("out of memory")
+
+    hook = model.transformer.encoder.layers[1].register_forward_pre_hook(fail)
+    options = dict(past_key_values=cache, return_past_key_values=True, **GREEDY)
+    with pytest.raises(MemoryError):
+        if stream:
+            list(model.stream_chat(tokenizer, "b", history, **options))
+        else:
+            model.chat(tokenizer, "b", history, **options)
+    hook.remove()
+    _, _, cache = model.chat(tokenizer, "b", history, **options)
+    prompt = kept + tokenizer.encode("\n\n[Round 2]\n\n问：b\n\n答：", add_special_tokens=False)[1:]
+    assert cache.chat_record.ids == prompt + uncached_answer(model, prompt)
+
+
+def test_stream_keeps_the_callers_context(model, tokenizer):
+    dtypes = []
+    hook = model.transformer.output_layer.register_forward_hook(
+        lambda module, args, output: dtypes.append(output.dtype)
+    )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        list(model.stream_chat(tokenizer, "a", **GREEDY))
+    hook.remove()
+    assert set(dtypes) == {torch.bfloat16}
+    cache = StaticCache(config=model.config, max_cache_len=100)
+    with torch.inference_mode():
+        _, history, cache = model.chat(tokenizer, "a", past_key_values=cache, return_past_key_values=True, **GREEDY)
+        list(model.stream_chat(tokenizer, "b", history, past_key_values=cache, **GREEDY))
+
+
 def test_static_cache(model, tokenizer):
     histories = []
     for cache in (None, StaticCache(config=model.config, max_cache_len=200)):
@@ -266,6 +336,8 @@ def test_prefix_tuned_rounds(small_model, tokenizer):
     ids = with_cache[2].chat_record.ids
     n = len(ids) - 8
     assert ids[n:] == uncached_answer(model, ids[:n])
+    with pytest.raises(ValueError, match="generate cannot go on from a cache"):
+        model.generate(torch.tensor([ids]), past_key_values=with_cache[2], max_new_tokens=2)
 
 
 # Batches
@@ -310,6 +382,19 @@ def test_long_history_is_trimmed_by_rounds(model, tokenizer, logs):
     logs.clear()
     _, _, cache = model.chat(tokenizer, "b", new_history, past_key_values=cache, return_past_key_values=True, **GREEDY)
     assert len(cache.chat_record.ids) <= 512
+
+
+def test_history_leaves_room_for_an_answer(model, tokenizer, logs):
+    """Rounds are dropped before an answer would be cut to a few tokens."""
+    n = 0
+    while len(tokenizer(tokenizer.build_prompt("last", [("q", "word " * 20)] * n))["input_ids"]) < 500:
+        n += 1
+    history = [("q", "word " * 20)] * n
+    model.chat(tokenizer, "last", history, do_sample=False, max_length=512, eos_token_id=None)
+    assert "oldest of" in logs.text
+    prompt = int(logs.text.split("its ")[1].split(" oldest")[0])
+    kept = tokenizer(tokenizer.build_prompt("last", history[prompt:]))["input_ids"]
+    assert 512 - len(kept) >= 128 and "The answer was cut" in logs.text
 
 
 def test_query_longer_than_the_context(model, tokenizer):
@@ -367,6 +452,37 @@ def test_foreign_caches(model, tokenizer):
         model.chat(tokenizer, ["a"], return_past_key_values=True)
     with pytest.raises(ValueError, match="2 queries but 1 histories"):
         model.chat(tokenizer, ["a", "b"], [[]])
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(num_return_sequences=2), "num_return_sequences"),
+        (dict(num_beams=2, return_past_key_values=True), "no cache to keep"),
+        (dict(use_cache=False, return_past_key_values=True), "no cache to keep"),
+        (dict(max_new_tokens=0), "max_new_tokens must be at least 1, got 0"),
+        (dict(max_length=-5), "max_length must be at least 1"),
+    ],
+)
+def test_options_that_cannot_work(model, tokenizer, options, message):
+    with pytest.raises(ValueError, match=message):
+        model.chat(tokenizer, "a", **options)
+
+
+def test_none_is_the_default(model, tokenizer):
+    assert model.chat(tokenizer, "a", max_length=None, **GREEDY) == model.chat(tokenizer, "a", **GREEDY)
+
+
+def test_second_streamer(model, tokenizer):
+    with pytest.raises(ValueError, match="streamer of its own"):
+        next(model.stream_chat(tokenizer, "a", streamer=object()))
+
+
+def test_static_cache_that_is_full(model, tokenizer):
+    cache = StaticCache(config=model.config, max_cache_len=40)
+    _, history, cache = model.chat(tokenizer, "你好", past_key_values=cache, return_past_key_values=True, **GREEDY)
+    with pytest.raises(ValueError, match="at most 39 fit"):
+        model.chat(tokenizer, "word " * 60, history, past_key_values=cache)
 
 
 def test_tokenizer_of_another_model(small_model, tokenizer):

@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache, GlmConfig, GlmForCausalLM, StaticCache
 
+from conftest import SMALL
+
 
 ATTENTION = ["eager", "sdpa", "flex_attention"]
 
@@ -317,17 +319,19 @@ def test_logits_to_keep(small_model, keep):
     close(model(ids, logits_to_keep=keep).logits, expected)
 
 
-def test_rope_angles_are_float32(small_model):
-    """In the published code positions beyond 2,048 collapse in float16."""
-    model = small_model(seq_length=32768)
-    for dtype in (torch.float16, torch.bfloat16):
-        rotary = model.to(dtype).transformer.rotary_pos_emb
-        positions = torch.arange(30000, 30016)[None]
-        cos, sin = rotary(torch.zeros(1, dtype=torch.float32), positions)
-        assert rotary.inv_freq.float().max() == 1
-        angle = positions[0].double() * 1.0
-        torch.testing.assert_close(cos[0, :, 0].double(), angle.cos(), atol=1e-2, rtol=0)
-        assert len(cos[0].unique(dim=0)) == 16
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_rope_angles_are_float32(small_model, dtype):
+    """In every channel, after any cast. In the published code positions beyond 2,048 collapse in float16."""
+    model = small_model(seq_length=32768, kv_channels=64)
+    cast = {torch.float32: model.float, torch.float16: model.half, torch.bfloat16: model.bfloat16}[dtype]
+    rotary = cast().to(dtype).transformer.rotary_pos_emb
+    positions = torch.arange(32000, 32768)
+    exact = positions[:, None].double() * 10000.0 ** -(torch.arange(0, 32, 2).double() / 32)
+    cos, sin = rotary(torch.zeros(1, dtype=torch.float32), positions[None])
+    for got, expected in ((cos, exact.cos()), (sin, exact.sin())):
+        torch.testing.assert_close(got[0, :, 0::2].double(), expected, atol=5e-3, rtol=0)
+        assert torch.equal(got[..., 0::2], got[..., 1::2])
+    assert len(cos[0].unique(dim=0)) == len(positions)
 
 
 def test_rms_norm_multiplies_before_the_downcast(chatglm):
@@ -428,6 +432,27 @@ def test_prefix_tuning_trains_the_prefix_only(small_model):
     assert half.transformer.prefix_encoder.embedding.weight.grad.abs().sum() > 0
 
 
+def test_fresh_prefix_is_initialized_as_published(chatglm):
+    """As torch does: the published scripts' learning rates are made for it."""
+    config = chatglm.ChatGLMConfig(**SMALL, pre_seq_len=64, prefix_projection=True)
+    encoder = chatglm.ChatGLMForConditionalGeneration(config).transformer.prefix_encoder
+    assert abs(encoder.embedding.weight.std() - 1) < 0.1
+    bound = encoder.trans[2].in_features ** -0.5
+    assert 0.9 * bound < encoder.trans[2].weight.abs().max() <= bound
+
+
+@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
+def test_masks_do_not_cover_the_prefix(small_model, attn_implementation):
+    model = small_model(pre_seq_len=3, attn_implementation=attn_implementation)
+    ids = random_ids(model, 2, 4)
+    visible = torch.ones(4, 4, dtype=torch.bool).tril().expand(2, 1, 4, 4)
+    additive = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
+    expected = model(ids).logits
+    for mask in (visible, additive, torch.ones(2, 4, dtype=torch.long)):
+        close(model(ids, attention_mask=mask).logits, expected)
+    close(model(ids, full_attention_mask=~visible).logits, expected)
+
+
 def test_peft(small_model):
     """LoRA with PEFT's own default targets; prompt tuning and prefix tuning, which pass embeddings and caches."""
     peft = pytest.importorskip("peft")
@@ -460,6 +485,17 @@ def test_sequence_classification_loss(small_model, chatglm, labels):
     close(output.loss, expected)
     output.loss.backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+def test_sequence_classification_takes_the_last_token(small_model, chatglm):
+    """With a mask or without, wherever the padding is."""
+    model = small_model(model_class=chatglm.ChatGLMForSequenceClassification, num_labels=3)
+    ids = random_ids(model, 1, 5)
+    expected = model(ids).logits
+    right = torch.cat((ids, torch.zeros(1, 3, dtype=torch.long)), dim=1)
+    mask = (right != 0).long()
+    close(model(right).logits, expected)
+    close(model(right, attention_mask=mask).logits, expected)
 
 
 def test_token_classification(small_model, chatglm):
@@ -565,7 +601,8 @@ def test_positions_beyond_the_context(small_model, chatglm, logs):
     model = small_model()
     chatglm.modeling.logger.warning_once.cache_clear()
     model(random_ids(model, 1, 3), position_ids=torch.tensor([[62, 63, 64]]))
-    assert "Position 64 is beyond the 64" in logs.text
+    model(random_ids(model, 1, 3), position_ids=torch.tensor([[63, 64, 65]]))
+    assert logs.text.count("beyond the 64 that this model was made for") == 1
 
 
 @pytest.mark.parametrize("do_sample", [True, False])

@@ -273,10 +273,13 @@ def main():
         if rows:
             metrics = trainer.evaluate(PackedDialogues({name: rows}, tokenizer, weighted=False))
             print(f"held out, {name}: perplexity {2.718281828 ** metrics['eval_loss']:.2f}")
-    model.half().save_pretrained(args.output)
-    tokenizer.save_pretrained(args.output)
-    for path in args.output.glob("*.py"):  # the code is at the top level, once
-        path.unlink()
+    # By way of another folder: in --output the code is links to the top level, through which the library would write.
+    model.config.use_cache = True  # the Trainer turns it off
+    finished = args.work / "finished"
+    model.half().save_pretrained(finished)
+    args.output.mkdir(parents=True, exist_ok=True)
+    for path in (finished / "config.json", finished / "model.safetensors", args.work / "tokenizer.model"):
+        shutil.copy(path, args.output)
 
 
 if __name__ == "__main__":
