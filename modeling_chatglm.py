@@ -613,6 +613,22 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
 
 
+def select_positions(hidden_states: torch.Tensor, keep: int | torch.Tensor) -> torch.Tensor:
+    """
+    Selects positions of `[batch, seq, hidden]`. The library has this as `slice_logits_to_keep` since 5.20.
+
+    Args:
+        keep: How many from the last (0: all); or indices, `[n]` or for each row `[batch, n]`; or booleans `[batch, seq]`.
+    """
+    if isinstance(keep, int):
+        return hidden_states[:, -keep:]
+    if keep.ndim == 1:
+        return hidden_states[:, keep]
+    if keep.dtype == torch.bool:
+        return hidden_states[keep]
+    return torch.take_along_dim(hidden_states, keep[..., None], dim=1)
+
+
 def check_range(name: str, ids: torch.Tensor, limit: int, of_what: str):
     """Raises `ValueError` for ids outside [0, limit). On the CPU only: elsewhere to look would stall the device."""
     if ids.device.type != "cpu" or torch.compiler.is_compiling() or ids.numel() == 0:
@@ -675,19 +691,17 @@ class InvalidScoreLogitsProcessor(LogitsProcessor):
 def capture_torch_context() -> Callable[[], ExitStack]:
     """Returns what enters, in another thread, the settings of torch that hold in this one and would be lost there."""
     is_inference = torch.is_inference_mode_enabled()
-    device_types = ["cpu"] + (
-        [torch.accelerator.current_accelerator().type] if torch.accelerator.is_available() else []
-    )
-    autocast = {t: (torch.is_autocast_enabled(t), torch.get_autocast_dtype(t)) for t in device_types}
-    device_index = torch.accelerator.current_device_index() if torch.accelerator.is_available() else None
+    device_types = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    autocast = [(t, torch.get_autocast_dtype(t), torch.is_autocast_enabled(t)) for t in device_types]
+    cuda_device = torch.cuda.current_device() if torch.cuda.is_available() else None
 
     def enter() -> ExitStack:
         stack = ExitStack()
         stack.enter_context(torch.inference_mode(is_inference))
-        for device_type, (enabled, dtype) in autocast.items():
+        for device_type, dtype, enabled in autocast:
             stack.enter_context(torch.autocast(device_type, dtype=dtype, enabled=enabled))
-        if device_index is not None:
-            torch.accelerator.set_device_index(device_index)
+        if cuda_device is not None:
+            stack.enter_context(torch.cuda.device(cuda_device))
         return stack
 
     return enter
@@ -724,7 +738,6 @@ class TokenStreamer(BaseStreamer):
 
     def run(self, generate: Callable) -> Iterator[torch.Tensor]:
         """Calls `generate(streamer=self)`, and yields what it puts; exceptions in it are raised here."""
-
         enter_context = capture_torch_context()
 
         def target():
@@ -834,19 +847,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        hidden_states = outputs.last_hidden_state
-        if return_last_logit:
-            logits_to_keep = 1
-        if isinstance(logits_to_keep, int):
-            logits_to_keep = slice(-logits_to_keep, None)
-        elif logits_to_keep.ndim == 2 and logits_to_keep.dtype != torch.bool:
-            logits_to_keep = logits_to_keep[..., None]
-        if isinstance(logits_to_keep, slice) or logits_to_keep.ndim == 1:
-            hidden_states = hidden_states[:, logits_to_keep, :]
-        elif logits_to_keep.dtype == torch.bool:
-            hidden_states = hidden_states[logits_to_keep]
-        else:
-            hidden_states = torch.take_along_dim(hidden_states, logits_to_keep, dim=1)
+        hidden_states = select_positions(outputs.last_hidden_state, 1 if return_last_logit else logits_to_keep)
         logits = self.transformer.output_layer(hidden_states)
 
         loss = None
