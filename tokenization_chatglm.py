@@ -8,6 +8,7 @@ itself, which alone handles invalid UTF-8 the same way.
 import os
 import shutil
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 import sentencepiece
 from tokenizers import AddedToken, Encoding, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
@@ -302,7 +303,7 @@ class ChatGLMTokenizer(TokenizersBackend):
             if any(rendered):
                 encodings = self._encode_rendered(text, rendered, closed, add_special_tokens, **kwargs)
                 encoded = self._to_batch_encoding(encodings, return_overflowing_tokens, **kwargs)
-            elif is_split_into_words or return_overflowing_tokens or self._has_options(kwargs):
+            elif is_split_into_words or return_overflowing_tokens or self._has_options(**kwargs):
                 encoded = super()._encode_plus(
                     text,
                     text_pair=text_pair,
@@ -370,13 +371,13 @@ class ChatGLMTokenizer(TokenizersBackend):
             body = text[len(head) : len(text) - len(eos) if is_closed else None]
             (encoding,) = self._encode_raw([body], add_special_tokens=False)
             if is_closed:
-                encoding = Encoding.merge([encoding, self._special_encoding({eos: self.eos_token_id})], True)
-            prefix = dict(zip(("[gMASK]", "sop"), self.get_prefix_tokens()))
+                encoding = Encoding.merge([encoding, encode_special(((eos, self.eos_token_id),))], True)
+            prefix = tuple(zip(("[gMASK]", "sop"), self.get_prefix_tokens()))
             if limit is not None:
                 room = limit - (len(prefix) if head or add_special_tokens else 0)
                 encoding.truncate(max(room, 0), stride=stride, direction=self.truncation_side)
             if head:
-                encoding = Encoding.merge([self._special_encoding(prefix), encoding], True)
+                encoding = Encoding.merge([encode_special(prefix), encoding], True)
                 encoding.set_sequence_id(0)  # one text, for char_to_token
             elif add_special_tokens:
                 encoding = self._tokenizer.post_process(encoding)
@@ -398,14 +399,6 @@ class ChatGLMTokenizer(TokenizersBackend):
                 )
         return encodings
 
-    @staticmethod
-    def _special_encoding(tokens: dict[str, int]) -> Encoding:
-        """The encoding of special tokens written one after the other."""
-        backend = Tokenizer(WordLevel(tokens))
-        backend.pre_tokenizer = pre_tokenizers.Split("|".join(tokens), "isolated")
-        backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in tokens])
-        return backend.encode("".join(tokens))
-
     def _to_batch_encoding(self, encodings: list[Encoding], return_overflowing_tokens: bool, **kwargs) -> BatchEncoding:
         names = "token_type_ids attention_mask special_tokens_mask offsets_mapping length".split()
         options = {f"return_{name}": kwargs[f"return_{name}"] for name in names if f"return_{name}" in kwargs}
@@ -422,14 +415,20 @@ class ChatGLMTokenizer(TokenizersBackend):
         return BatchEncoding(data, all_encodings)
 
     @staticmethod
-    def _has_options(kwargs: dict) -> bool:
-        defaults = {
-            "padding_strategy": PaddingStrategy.DO_NOT_PAD,
-            "truncation_strategy": TruncationStrategy.DO_NOT_TRUNCATE,
-            "verbose": kwargs.get("verbose"),
-        }
-        return any(value not in (None, False, 0, defaults.get(name)) for name, value in kwargs.items()) or (
-            kwargs.get("return_attention_mask") is False or kwargs.get("split_special_tokens") is False
+    def _has_options(
+        padding_strategy=PaddingStrategy.DO_NOT_PAD,
+        truncation_strategy=TruncationStrategy.DO_NOT_TRUNCATE,
+        return_attention_mask=None,
+        split_special_tokens=None,
+        verbose=True,
+        **options,
+    ) -> bool:
+        return (
+            padding_strategy != PaddingStrategy.DO_NOT_PAD
+            or truncation_strategy != TruncationStrategy.DO_NOT_TRUNCATE
+            or return_attention_mask is False
+            or split_special_tokens is False
+            or any(options.values())
         )
 
     def _pad(self, encoded_inputs, *args, padding_side=None, **kwargs) -> dict:
@@ -457,7 +456,8 @@ class ChatGLMTokenizer(TokenizersBackend):
         )
         chats = [getattr(chat, "messages", chat) for chat in (conversation if is_batched else [conversation])]
         # Where the template writes </s>: not where the last message, a query or a beginning of an answer, ends in it.
-        closed = [not continue_final_message and bool(chat) and chat[-1]["role"] == "assistant" for chat in chats]
+        last = [chat[-1] if chat and isinstance(chat[-1], dict) else {} for chat in chats]
+        closed = [message.get("role") == "assistant" and not continue_final_message for message in last]
         return super().apply_chat_template(
             conversation,
             *args,
@@ -510,6 +510,14 @@ class ChatGLMTokenizer(TokenizersBackend):
         # The library writes tokenizer.json alone; the published code and llama.cpp read tokenizer.model.
         files = super()._save_pretrained(save_directory, file_names, legacy_format, filename_prefix)
         return files + self.save_vocabulary(save_directory, filename_prefix)
+
+
+@lru_cache(maxsize=8)
+def encode_special(tokens: tuple[tuple[str, int], ...]) -> Encoding:
+    """The encoding of special tokens, (token, id), written one after the other."""
+    backend = Tokenizer(WordLevel(dict(tokens)))
+    backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token, _ in tokens])
+    return backend.encode("".join(token for token, _ in tokens))
 
 
 def check_history(history: Sequence[tuple[str, str]] | None) -> list[tuple[str, str]]:
