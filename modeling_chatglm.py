@@ -999,7 +999,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             ids = output[0].tolist()
             text = tokenizer.decode(answer_ids(tokenizer, ids[prompt_length:]), skip_special_tokens=True)
             # The bytes of one character can come as several tokens.
-            if not text.endswith("\ufffd"):
+            if text and not text.endswith("\ufffd"):
                 response = self._finish_round(tokenizer, query, record, ids, prompt_length)
                 yield self._stream_item(query, response, history, cache, return_past_key_values)
             else:
