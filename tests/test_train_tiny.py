@@ -41,7 +41,7 @@ def test_packed_dialogues_do_not_see_each_other(train_tiny, small_model, tiny_to
             for q, a in (("one", "two"), ("three", "four"), ("five", "six"))
         ]
     }
-    item = train_tiny.PackedDialogues(rows, tiny_tokenizer, weighted=False)[0]
+    item = train_tiny.PackedDialogues(rows, tiny_tokenizer)[0]
     starts = (item["position_ids"] == 0).nonzero().flatten().tolist()
     assert len(starts) > 1
     model = small_model(padded_vocab_size=8064, **{k: v for k, v in SMALL.items() if k == "num_layers"})
