@@ -341,6 +341,9 @@ class ChatGLMTokenizer(TokenizersBackend):
             self._tokenizer.no_padding()
         if not self._tokenizer.encode_special_tokens:
             self._tokenizer.encode_special_tokens = self.split_special_tokens
+        if len(texts) == 1:  # without the backend's threads, which take as long to wake as a short text to encode
+            text, pair = texts[0] if isinstance(texts[0], tuple) else (texts[0], None)
+            return [self._tokenizer.encode(text, pair, add_special_tokens=add_special_tokens)]
         return self._tokenizer.encode_batch(texts, add_special_tokens=add_special_tokens)
 
     def _encode_rendered(
