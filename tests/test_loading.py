@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -83,6 +84,23 @@ def test_bin_shards(model, write_checkpoint, tmp_path):
         torch.save({name: state_dict[name] for name in files if files[name] == file}, folder / file)
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
     same(load(folder), model)
+
+
+def test_mended_snapshot(model, shared, tmp_path):
+    """The README's recipe: a published folder, into which the code is copied; its own config.json stays."""
+    published = shared / "golden/hub_metadata/chatglm2-6b"
+    config = json.loads((published / "config.json").read_text())
+    assert "model_type" not in config
+    (tmp_path / "config.json").write_text(json.dumps({**config, **SMALL, "torch_dtype": "float32"}))
+    shutil.copy(published / "tokenizer_config.json", tmp_path)
+    shutil.copy(shared / "tokenizer/tokenizer.model", tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    for path in [*ROOT.glob("*_chatglm.py"), ROOT / "quantization.py", ROOT / "chat_template.jinja"]:
+        shutil.copy(path, tmp_path)
+    same(load(tmp_path), model)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=True)
+    assert tokenizer("你好")["input_ids"] == [64790, 64792, 36474, 54591]
+    assert tokenizer.chat_template == (ROOT / "chat_template.jinja").read_text()
 
 
 @pytest.mark.parametrize("multi_query_attention", [True, False])

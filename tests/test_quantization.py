@@ -75,6 +75,7 @@ def test_every_way_gives_the_same(checkpoint, chatglm, quantization, bits, tmp_p
     in_place = load(checkpoint).quantize(bits)
     config = quantization.ChatGLMQuantizationConfig(bits=bits)
     same(load(checkpoint, quantization_config=config), in_place)
+    same(load(checkpoint, quantization_config={"quant_method": "chatglm", "bits": bits}), in_place)
     in_place.save_pretrained(tmp_path / "saved")
     saved = json.loads((tmp_path / "saved/config.json").read_text())
     assert saved["quantization_bit"] == bits and saved["quantization_config"]["bits"] == bits
