@@ -2,6 +2,8 @@
 
 PYTHON ?= python3
 MODEL ?= checkpoints/tiny
+# A small model needs to be kept to what it is sure of; others answer with the published defaults.
+CHAT_OPTIONS ?= $(if $(filter checkpoints/tiny,$(MODEL)),--temperature 0.3)
 # The release that everything is developed on, and those that the essentials are tested on
 TRANSFORMERS ?= 5.23.0
 MATRIX ?= 5.9.0 5.17.0 5.19.0 5.23.0
@@ -12,7 +14,7 @@ ESSENTIALS = $(patsubst %,tests/test_%.py,configuration golden tokenization chat
 # The shell gets the prompt as it is, whatever characters are in it.
 export PROMPT
 chat: .venv/installed
-	@.venv/bin/python examples/cli_chat.py --model "$(MODEL)" $(if $(value PROMPT),--prompt "$$PROMPT")
+	@.venv/bin/python examples/cli_chat.py --model "$(MODEL)" $(CHAT_OPTIONS) $(if $(value PROMPT),--prompt "$$PROMPT")
 
 test: .venv/installed-test
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadgroup $(ARGS)

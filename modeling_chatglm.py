@@ -883,6 +883,12 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             generation_config, model_kwargs, mode, batch_size, max_cache_length
         )
 
+    def generate_batch(self, *args, **kwargs):
+        """The library's continuous batching. Its paged cache has no place for a P-Tuning prefix."""
+        if self.config.pre_seq_len is not None:
+            raise ValueError("generate_batch does not work with a P-Tuning prefix (pre_seq_len): use generate.")
+        return super().generate_batch(*args, **kwargs)
+
     @staticmethod
     def create_masks_for_generate(config, attention_mask=None, **kwargs):
         # The P-Tuning prefix enters the cache in the forward, which only then can make the mask.

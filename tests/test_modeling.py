@@ -623,6 +623,11 @@ def test_invalid_logits_end_their_row(small_model, logs, do_sample):
         assert torch.equal(output[0], expected[0])
 
 
+def test_continuous_batching_has_no_prefix(small_model):
+    with pytest.raises(ValueError, match="P-Tuning prefix"):
+        small_model(pre_seq_len=3).generate_batch(inputs=[[5, 6]])
+
+
 def test_infinite_logits(chatglm):
     scores = torch.tensor([[0.0, 1.0, 2.0], [0.0, torch.inf, 2.0]])
     ended = chatglm.modeling.InvalidScoreLogitsProcessor(2)(None, scores)
