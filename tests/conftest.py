@@ -15,11 +15,17 @@ os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="chatglm2-modules-")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import hypothesis
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+
+# Property tests look for new counterexamples at every run, except in continuous integration.
+hypothesis.settings.register_profile("ci", derandomize=True)
+if os.environ.get("CI"):
+    hypothesis.settings.load_profile("ci")
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "checkpoints/tiny"
