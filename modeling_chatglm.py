@@ -67,14 +67,12 @@ class PrefixEncoder(nn.Module):
         super().__init__()
         self.prefix_projection = config.prefix_projection
         kv_size = config.num_layers * 2 * config.num_key_value_heads * config.kv_channels
+        # As published: as wide as the output also where an MLP comes between.
+        self.embedding = nn.Embedding(config.pre_seq_len, kv_size)
         if self.prefix_projection:
-            # As published: the width of the embedding is that of the output, not hidden_size.
-            self.embedding = nn.Embedding(config.pre_seq_len, kv_size)
             self.trans = nn.Sequential(
                 nn.Linear(kv_size, config.hidden_size), nn.Tanh(), nn.Linear(config.hidden_size, kv_size)
             )
-        else:
-            self.embedding = nn.Embedding(config.pre_seq_len, kv_size)
 
     def forward(self, prefix: torch.LongTensor) -> torch.Tensor:
         past_key_values = self.embedding(prefix)
@@ -1148,7 +1146,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             )
         if "max_new_tokens" in options:
             limit = len(record.ids) + options.pop("max_new_tokens")
-            options["max_length"] = min(limit, self.config.seq_length)
+            options["max_length"] = min(limit, options["max_length"])
         if cache is not None:
             self._crop_cache(cache, record.ids)
             cache.chat_record = record

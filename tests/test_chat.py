@@ -483,6 +483,10 @@ def test_static_cache_that_is_full(model, tokenizer):
     _, history, cache = model.chat(tokenizer, "你好", past_key_values=cache, return_past_key_values=True, **GREEDY)
     with pytest.raises(ValueError, match="at most 39 fit"):
         model.chat(tokenizer, "word " * 60, history, past_key_values=cache)
+    # An answer that would be longer than the cache ends with it.
+    options = dict(do_sample=False, max_new_tokens=100, eos_token_id=None, return_past_key_values=True)
+    _, _, cache = model.chat(tokenizer, "a", past_key_values=cache, **options)
+    assert len(cache.chat_record.ids) == 40
 
 
 def test_tokenizer_of_another_model(small_model, tokenizer):
