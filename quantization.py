@@ -1,8 +1,10 @@
-"""INT8 and INT4 weights: the published number formats, the linear layer, and how the library loads them.
+"""INT8 and INT4 weights: how they are rounded, the layers that hold them, and how the library loads them.
 
-Each row of a weight has one scale, so that weight = scale * q with q in -127..127 (INT8) or -7..7 (INT4). INT4 packs
-two neighbouring columns into a byte, the even one in the high half.
+A weight is scale * q with q in -127..127 (INT8) or -7..7 (INT4), and one scale for each row, as published, or for each
+group of columns. How a packed weight is multiplied is in quantization_kernels.py.
 """
+
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
@@ -13,55 +15,145 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .quantization_kernels import CHUNK_ROWS, dequantize_weight, pack_int4, quantized_linear
+
 
 logger = logging.get_logger(__name__)
 
 QUANT_METHOD = "chatglm"
-# What is quantized in each layer. Embedding, output layer, norms, biases and the P-Tuning prefix are not.
+# What is quantized in each layer. Norms, biases and the P-Tuning prefix never are.
 QUANTIZED_LINEARS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
+# What `quantize_embeddings` adds, in INT8.
+QUANTIZED_EMBEDDINGS = ("word_embeddings", "output_layer")
+GROUP_SIZES = (32, 64, 128)
+
+# Fractions of the largest magnitude that are tried for the end of the range. The best for a bell curve of 4,096 values
+# in INT4 is about 0.7.
+SEARCHED_SCALES = torch.linspace(0.4, 1.0, 25).tolist()
 
 
-def quantize_weight(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+# Rounding
+
+
+def largest_quantized(bits: int) -> int:
+    return 2 ** (bits - 1) - 1
+
+
+def check_finite(name: str, weight: torch.Tensor):
+    if not torch.isfinite(weight).all():
+        raise ValueError(f"{name} holds NaN or infinity, and cannot be quantized. Is the checkpoint damaged?")
+
+
+def published_scale(weight: torch.Tensor, bits: int) -> torch.Tensor:
     """
-    Quantizes a matrix row by row, rounding to nearest, with the largest magnitude of a row at the end of the range.
+    Returns the scales of rows or groups, `[...]` for a weight `[..., columns]` and in its dtype, that put the largest
+    magnitude at the end of the range.
+    """
+    return (weight.float().abs().amax(dim=-1) / largest_quantized(bits)).to(weight.dtype)
 
-    Equal to the published code bit for bit, except that this divides bfloat16 in float32 and clamps: there, bfloat16
-    rounds the largest value of a row to 128, which wraps to -128.
+
+def searched_scale(weight: torch.Tensor, bits: int, importance: torch.Tensor | None = None) -> torch.Tensor:
+    """
+    As `published_scale`, but of some smaller scales takes that with the least squared error: it cuts off the largest
+    values, and rounds the others less.
+
+    Args:
+        importance: `[..., columns]`, by which squared errors are multiplied.
+    """
+    largest = published_scale(weight, bits)
+    best_scale, best_error = largest, torch.full(largest.shape, torch.inf, device=weight.device)
+    for fraction in SEARCHED_SCALES:
+        scale = (largest.float() * fraction).to(weight.dtype)
+        error = (round_to_scale(weight, scale, bits).float() * scale.float()[..., None] - weight.float()).square()
+        error = (error if importance is None else error * importance).sum(dim=-1)
+        better = error < best_error
+        best_scale, best_error = torch.where(better, scale, best_scale), torch.where(better, error, best_error)
+    return best_scale
+
+
+def round_to_scale(weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
+    """Returns int8 `[..., columns]`, the nearest to `weight / scale[..., None]`."""
+    limit = largest_quantized(bits)
+    divisor = torch.where(scale == 0, 1, scale)  # a row of zeros
+    if weight.dtype == torch.bfloat16:
+        weight, divisor = weight.float(), divisor.float()
+    return (weight / divisor[..., None]).round().clamp(-limit, limit).to(torch.int8)
+
+
+def quantize_weight(
+    weight: torch.Tensor, bits: int, group_size: int | None = None, scale_search: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Quantizes a matrix, rounding to nearest.
+
+    By default equal to the published code bit for bit, except that this divides bfloat16 in float32 and clamps: there,
+    bfloat16 rounds the largest value of a row to 128, which wraps to -128.
 
     Args:
         weight: `[out, in]`, floating point; `in` is even if `bits` is 4.
         bits: 8 or 4.
+        group_size: How many neighbouring columns share a scale; by default a whole row does.
+        scale_search: Whether to look for the scales with the least squared error.
 
     Returns:
-        int8 `[out, in]`, or packed `[out, in / 2]`; and the scales, `[out]`, in the dtype of `weight`.
+        int8 `[out, in]`, or packed `[out, in / 2]`; and the scales, `[out]` or `[out, in / group_size]`, in the dtype of
+        `weight`.
 
     Raises:
         ValueError: if the weight is not finite.
     """
-    if not torch.isfinite(weight).all():
-        raise ValueError("The weight holds NaN or infinity, and cannot be quantized. Is the checkpoint damaged?")
-    limit = 2 ** (bits - 1) - 1
-    scale = (weight.float().abs().amax(dim=1) / limit).to(weight.dtype)
-    divisor = torch.where(scale == 0, 1, scale)  # a row of zeros
-    if weight.dtype == torch.bfloat16:
-        weight, divisor = weight.float(), divisor.float()
-    quantized = (weight / divisor[:, None]).round().clamp(-limit, limit).to(torch.int8)
-    return (pack_int4(quantized) if bits == 4 else quantized), scale
+    check_finite("The weight", weight)
+    quantized, scales = [], []
+    for rows in weight.split(CHUNK_ROWS // 4 if scale_search else CHUNK_ROWS):  # to need little memory
+        groups = rows if group_size is None else rows.unflatten(1, (-1, group_size))
+        scale = searched_scale(groups, bits) if scale_search else published_scale(groups, bits)
+        rows = round_to_scale(groups, scale, bits).view(rows.shape)
+        quantized.append(pack_int4(rows) if bits == 4 else rows)
+        scales.append(scale)
+    return torch.cat(quantized), torch.cat(scales)
 
 
-def pack_int4(quantized: torch.Tensor) -> torch.Tensor:
-    """Packs int8 `[out, in]` with values in -8..7 into `[out, in / 2]`."""
-    return (quantized[:, 0::2] << 4) | (quantized[:, 1::2] & 15)
+def quantize_compensated(
+    weight: torch.Tensor, hessian: torch.Tensor, bits: int, group_size: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Quantizes a matrix column by column, and makes up for each rounding by what is left of its row, so that the output for
+    the inputs seen changes least (GPTQ: Frantar et al. 2022, arXiv 2210.17323; the columns of most weight come first).
+
+    Args:
+        weight: `[out, in]`.
+        hessian: Sum of x x^T over the inputs of the layer, damped, float32 `[in, in]`.
+
+    Returns:
+        As `quantize_weight`.
+    """
+    columns, limit = weight.shape[1], largest_quantized(bits)
+    size = group_size or columns
+    importance = hessian.diagonal()
+    scale = searched_scale(weight.unflatten(1, (-1, size)), bits, importance.view(-1, size))
+    order = importance.argsort(descending=True)
+    # Row i of this Cholesky factor says by how much the columns after i make up for an error in column i.
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian[order][:, order]))
+    factor = torch.linalg.cholesky(inverse, upper=True)
+
+    left = weight.float()[:, order]
+    quantized = torch.empty_like(left, dtype=torch.int8)
+    divisor = torch.where(scale == 0, 1, scale).float().repeat_interleave(size, dim=1)[:, order]
+    for start in range(0, columns, 128):  # the columns after these wait for all their errors
+        block = slice(start, min(start + 128, columns))
+        errors = torch.empty_like(left[:, block])
+        for i in range(block.start, block.stop):
+            q = (left[:, i] / divisor[:, i]).round().clamp(-limit, limit)
+            quantized[:, i] = q.to(torch.int8)
+            error = (left[:, i] - q * divisor[:, i]) / factor[i, i]
+            left[:, i : block.stop] -= error[:, None] * factor[i, i : block.stop]
+            errors[:, i - start] = error
+        left[:, block.stop :] -= errors @ factor[block, block.stop :]
+    quantized = quantized[:, order.argsort()]
+    return (pack_int4(quantized) if bits == 4 else quantized), scale if group_size else scale.squeeze(1)
 
 
-def unpack_int4(packed: torch.Tensor) -> torch.Tensor:
-    """The inverse of `pack_int4`. Shifts of int8 are arithmetic: they keep the sign."""
-    return torch.stack((packed >> 4, (packed << 4) >> 4), dim=-1).flatten(-2)
-
-
-def dequantize_weight(weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
-    """Returns the matrix `[out, in]` in the dtype of `scale`."""
-    return (unpack_int4(weight) if bits == 4 else weight).to(scale.dtype) * scale[:, None]
+# Layers
 
 
 class QuantizedMatmul(torch.autograd.Function):
@@ -71,7 +163,7 @@ class QuantizedMatmul(torch.autograd.Function):
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
         ctx.save_for_backward(weight, scale)
         ctx.bits = bits
-        return nn.functional.linear(x, dequantize_weight(weight, scale, bits).to(x.dtype))
+        return quantized_linear(x, weight, scale, bits, exact=True)
 
     @staticmethod
     def backward(ctx, grad_output: torch.Tensor):
@@ -79,79 +171,183 @@ class QuantizedMatmul(torch.autograd.Function):
         return grad_output @ dequantize_weight(weight, scale, ctx.bits).to(grad_output.dtype), None, None, None
 
 
+def new_parameter(tensor: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
+
+
 class QuantizedLinear(nn.Linear):
     """
     A linear layer with a quantized, frozen weight. It is an `nn.Linear`, so that PEFT finds it.
 
-    Its state: `weight`, int8 `[out, in]` or packed `[out, in / 2]`; `weight_scale`, `[out]`; `bias`, `[out]`.
+    Its state: `weight`, int8 `[out, in]` or packed `[out, in / 2]`; `weight_scale`, `[out]` or `[out, in / group_size]`;
+    `bias`, `[out]`.
+
+    Args:
+        exact_activations: Whether the CPU leaves activations as they are, rather than quantize them to INT8 in blocks of
+            32. While gradients are computed it always does.
+
+    Raises:
+        ValueError: if `in_features` is odd in INT4, or no multiple of `group_size`.
     """
 
-    def __init__(self, in_features: int, out_features: int, bits: int, bias: bool, dtype=None, device=None):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bits: int,
+        bias: bool,
+        dtype=None,
+        device=None,
+        group_size: int | None = None,
+        exact_activations: bool = False,
+    ):
         if bits == 4 and in_features % 2:
             raise ValueError(f"INT4 packs pairs of columns: in_features must be even, got {in_features}.")
+        if group_size is not None and in_features % group_size:
+            raise ValueError(f"group_size must divide in_features, got {group_size} and {in_features}.")
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.bits = in_features, out_features, bits
+        self.group_size, self.exact_activations = group_size, exact_activations
         columns = in_features // 2 if bits == 4 else in_features
-        weight = torch.zeros(out_features, columns, dtype=torch.int8, device=device)
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        scale = torch.zeros(out_features, dtype=dtype, device=device)
-        self.weight_scale = nn.Parameter(scale, requires_grad=False)
-        bias = (
-            nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device), requires_grad=False) if bias else None
-        )
-        self.bias = bias
+        scales = (out_features,) if group_size is None else (out_features, in_features // group_size)
+        self.weight = new_parameter(torch.zeros(out_features, columns, dtype=torch.int8, device=device))
+        self.weight_scale = new_parameter(torch.zeros(scales, dtype=dtype, device=device))
+        self.bias = new_parameter(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, bits: int) -> "QuantizedLinear":
-        """Quantizes a layer, on the device and in the dtype that it has."""
-        new = cls(linear.in_features, linear.out_features, bits, False, device="meta")
-        weight, scale = quantize_weight(linear.weight.detach(), bits)
-        new.weight = nn.Parameter(weight, requires_grad=False)
-        new.weight_scale = nn.Parameter(scale, requires_grad=False)
-        new.bias = linear.bias
-        return new
+    def empty(cls, linear: nn.Linear, config: "ChatGLMQuantizationConfig", bits: int) -> "QuantizedLinear":
+        """Returns the layer to take the place of another, without data."""
+        group_size = config.group_size if bits == config.bits else None
+        has_bias, dtype = linear.bias is not None, linear.weight.dtype
+        features = (linear.in_features, linear.out_features)
+        return cls(*features, bits, has_bias, dtype, "meta", group_size, config.exact_activations)
 
-    def to_linear(self) -> nn.Linear:
-        """Returns the dequantized layer."""
+    def quantize(self, weight: torch.Tensor, scale_search: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        return quantize_weight(weight, self.bits, self.group_size, scale_search)
+
+    def dequantize(self) -> nn.Linear:
         new = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         new.weight = nn.Parameter(dequantize_weight(self.weight, self.weight_scale, self.bits))
         new.bias = self.bias
         return new
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        output = QuantizedMatmul.apply(x, self.weight, self.weight_scale, self.bits)
+        if torch.is_grad_enabled() and x.requires_grad:
+            output = QuantizedMatmul.apply(x, self.weight, self.weight_scale, self.bits)
+        else:
+            output = quantized_linear(x, self.weight, self.weight_scale, self.bits, self.exact_activations)
         return output if self.bias is None else output + self.bias.to(output.dtype)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, bits={self.bits}"
+        group_size = "" if self.group_size is None else f", group_size={self.group_size}"
+        return f"{super().extra_repr()}, bits={self.bits}{group_size}"
 
 
-def replace_linears(model: nn.Module, make, skip: list[str] | None = None):
-    """Replaces each layer that is quantized in the published format by `make(layer)`."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and name.rsplit(".", 1)[-1] in QUANTIZED_LINEARS and ".layers." in f".{name}":
-            if not any(skipped in name for skipped in skip or ()):
-                model.set_submodule(name, make(module))
+class QuantizedEmbedding(nn.Embedding):
+    """
+    An embedding in INT8. Its state: `weight`, int8 `[num_embeddings, embedding_dim]`; `weight_scale`,
+    `[num_embeddings]`, in whose dtype the output is.
+    """
+
+    bits, group_size = 8, None
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, dtype=None, device=None):
+        weight = torch.zeros(num_embeddings, embedding_dim, dtype=torch.int8, device=device)
+        super().__init__(num_embeddings, embedding_dim, _weight=weight, _freeze=True)
+        self.weight_scale = new_parameter(torch.zeros(num_embeddings, dtype=dtype, device=device))
+
+    @classmethod
+    def empty(cls, embedding: nn.Embedding, config, bits: int) -> "QuantizedEmbedding":
+        return cls(embedding.num_embeddings, embedding.embedding_dim, embedding.weight.dtype, "meta")
+
+    def quantize(self, weight: torch.Tensor, scale_search: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        return quantize_weight(weight, self.bits, scale_search=scale_search)
+
+    def dequantize(self) -> nn.Embedding:
+        weight = dequantize_weight(self.weight, self.weight_scale, self.bits)
+        return nn.Embedding(self.num_embeddings, self.embedding_dim, _weight=weight, _freeze=False)
+
+    def forward(self, ids: torch.LongTensor) -> torch.Tensor:
+        return self.weight[ids].to(self.weight_scale.dtype) * self.weight_scale[ids][..., None]
+
+
+def is_quantized(module: nn.Module) -> bool:
+    return isinstance(module, (QuantizedLinear, QuantizedEmbedding))
+
+
+def empty_layers(model: nn.Module, config: "ChatGLMQuantizationConfig") -> dict[str, nn.Module]:
+    """
+    Returns the quantized layers, still without data, that are to take the place of those of the same name.
+
+    Raises:
+        ValueError: if a layer cannot be quantized so.
+    """
+    if config.quantize_embeddings and model.config.tie_word_embeddings:
+        raise ValueError(
+            "quantize_embeddings needs an output layer of its own: this model shares it (tie_word_embeddings)."
+        )
+    layers = {}
+    for name, module in model.named_modules():
+        last_name = name.rsplit(".", 1)[-1]
+        if last_name in QUANTIZED_LINEARS and ".layers." in f".{name}":
+            bits = config.bits
+        elif last_name in QUANTIZED_EMBEDDINGS and config.quantize_embeddings:
+            bits = 8
+        else:
+            continue
+        if any(skipped in name for skipped in config.modules_to_not_convert or ()):
+            continue
+        kind = QuantizedEmbedding if isinstance(module, nn.Embedding) else QuantizedLinear
+        try:
+            layers[name] = kind.empty(module, config, bits)
+        except ValueError as error:
+            raise ValueError(f"{name} cannot be quantized: {error}") from None
+    return layers
+
+
+# How the library loads them
 
 
 class ChatGLMQuantizationConfig(QuantizationConfigMixin):
     """
-    How to quantize, for `from_pretrained(..., quantization_config=...)`.
+    How to quantize, for `from_pretrained(..., quantization_config=...)` and `model.quantize(bits, ...)`.
 
     Args:
         bits (`int`): 4 or 8.
         modules_to_not_convert (`list[str]`, *optional*): Parts of names of layers to leave as they are.
+        group_size (`int`, *optional*): 32, 64 or 128 columns share a scale, for better quality. By default a whole row
+            does, as published, which other programs can read.
+        quantize_embeddings (`bool`): Whether to store embedding and output layer in INT8: a fifth of an INT4 model.
+        scale_search (`bool`): Whether to look for the scales with the least squared error, rather than take the
+            published ones. Takes longer, and gives better answers in the same format.
+        exact_activations (`bool`): Whether the CPU computes with activations as they are, rather than quantize them to
+            INT8 in blocks of 32, which is faster.
 
     Raises:
-        ValueError: if `bits` is neither 4 nor 8.
+        ValueError: if `bits` or `group_size` is another number.
     """
 
-    def __init__(self, bits: int = 4, modules_to_not_convert: list[str] | None = None, **kwargs):
+    def __init__(
+        self,
+        bits: int = 4,
+        modules_to_not_convert: list[str] | None = None,
+        group_size: int | None = None,
+        quantize_embeddings: bool = False,
+        scale_search: bool = False,
+        exact_activations: bool = False,
+        **kwargs,
+    ):
         if bits not in (4, 8):
             raise ValueError(f"bits must be 4 or 8, got {bits!r}.")
+        if group_size is not None and group_size not in GROUP_SIZES:
+            raise ValueError(f"group_size must be one of {GROUP_SIZES}, or None for a scale a row, got {group_size!r}.")
         self.quant_method = QUANT_METHOD
         self.bits = bits
         self.modules_to_not_convert = modules_to_not_convert
+        self.group_size = group_size
+        self.quantize_embeddings = quantize_embeddings
+        self.scale_search = scale_search
+        self.exact_activations = exact_activations
 
 
 class QuantizeWhileLoading(ConversionOps):
@@ -160,10 +356,12 @@ class QuantizeWhileLoading(ConversionOps):
     def __init__(self, quantizer: "ChatGLMQuantizer"):
         self.quantizer = quantizer
 
-    def convert(self, input_dict, full_layer_name=None, missing_keys=None, **kwargs):
+    def convert(self, input_dict, full_layer_name=None, model=None, missing_keys=None, **kwargs):
         (value,) = input_dict.values()
         value = value[0] if isinstance(value, list) else value
-        weight, scale = quantize_weight(value, self.quantizer.quantization_config.bits)
+        check_finite(full_layer_name, value)
+        layer = model.get_submodule(full_layer_name.rpartition(".")[0])
+        weight, scale = layer.quantize(value, self.quantizer.quantization_config.scale_search)
         scale_name = f"{full_layer_name}_scale"
         if missing_keys is not None:
             missing_keys.discard(scale_name)
@@ -182,73 +380,172 @@ class ChatGLMQuantizer(HfQuantizer):
         return True
 
     def _process_model_before_weight_loading(self, model, **kwargs):
-        bits, skip = self.quantization_config.bits, self.quantization_config.modules_to_not_convert
-
-        def make(linear):
-            layer = QuantizedLinear(
-                linear.in_features, linear.out_features, bits, linear.bias is not None, linear.weight.dtype, "meta"
-            )
+        for name, layer in empty_layers(model, self.quantization_config).items():
             if not self.pre_quantized:
-                layer.weight = linear.weight  # by whose dtype the library (5.9) reads the checkpoint's
-            return layer
-
-        replace_linears(model, make, skip)
+                layer.weight = model.get_submodule(name).weight  # by whose dtype the library (5.9) reads the file's
+            model.set_submodule(name, layer)
         return model
 
     def param_needs_quantization(self, model, param_name: str, **kwargs) -> bool:
         module_name, _, tensor_name = param_name.rpartition(".")
-        is_quantized = isinstance(model.get_submodule(module_name), QuantizedLinear)
-        return is_quantized and tensor_name == "weight" and not self.pre_quantized
+        return tensor_name == "weight" and not self.pre_quantized and is_quantized(model.get_submodule(module_name))
 
     def get_quantize_ops(self) -> QuantizeWhileLoading:
         return QuantizeWhileLoading(self)
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         for name, module in model.named_modules():
-            if isinstance(module, QuantizedLinear):
-                check_scales(name, module)
+            if is_quantized(module):
+                check_state(name, module)
                 module.requires_grad_(False)
         model.config.quantization_bit = self.quantization_config.bits
         return model
 
     def _dequantize(self, model, dtype=None):
         for name, module in list(model.named_modules()):
-            if isinstance(module, QuantizedLinear):
-                model.set_submodule(name, module.to_linear())
+            if is_quantized(module):
+                model.set_submodule(name, module.dequantize())
         model.config.quantization_bit = 0
         return model
 
 
 def init_scales(layer: QuantizedLinear):
-    """Marks scales that the checkpoint lacks, for `check_scales` to find; called by the library, after loading."""
+    """Marks scales that the checkpoint lacks, for `check_state` to find; called by the library, after loading."""
     init.constant_(layer.weight_scale, float("nan"))
 
 
-def check_scales(name: str, layer: QuantizedLinear):
-    """Raises `ValueError` if the scales of a layer were not loaded, or cannot be right."""
+def check_state(name: str, layer: nn.Module):
+    """Raises `ValueError` if what was loaded into a layer cannot be right."""
     scale = layer.weight_scale
-    if scale.device.type != "meta" and not (torch.isfinite(scale).all() and (scale != 0).any()):
+    if scale.device.type == "meta":
+        return
+    if layer.weight.dtype != torch.int8:
+        raise ValueError(
+            f"{name}.weight is {layer.weight.dtype}, not int8: the checkpoint is not quantized, though its config.json says "
+            "so. Take quantization_bit and quantization_config out of it, or download the weights again."
+        )
+    if not (torch.isfinite(scale).all() and (scale != 0).any()):
         raise ValueError(
             f"{name}.weight_scale is missing from the checkpoint, zero, NaN or infinite. Download the weights again."
         )
 
 
-def quantize(model: nn.Module, bits: int) -> nn.Module:
+# How a loaded model is quantized
+
+
+def quantize(
+    model: nn.Module, bits: int, calibration: Iterable[torch.LongTensor] | None = None, **options
+) -> nn.Module:
     """
     Quantizes a loaded model in place.
 
+    Args:
+        calibration: Ids of some text, each `[batch, seq]`. They make quantization take account of what the layers
+            compute; see `quantize_calibrated`.
+        options: Those of `ChatGLMQuantizationConfig`.
+
     Raises:
-        ValueError: if `bits` is neither 4 nor 8.
+        ValueError: if an option is wrong or a weight is not finite. The model is then as it was.
     """
-    config = ChatGLMQuantizationConfig(bits=bits)
-    replace_linears(model, lambda linear: QuantizedLinear.from_linear(linear, bits))
-    quantizer = ChatGLMQuantizer(config, pre_quantized=True)
-    model.hf_quantizer = quantizer
+    config = ChatGLMQuantizationConfig(bits=bits, **options)
+    layers = empty_layers(model, config)
+    for name in layers:
+        check_finite(f"{name}.weight", model.get_submodule(name).weight)
+    if calibration is not None:
+        quantize_calibrated(model, layers, calibration)
+    for name, layer in layers.items():
+        if not is_quantized(old := model.get_submodule(name)):
+            replace_layer(model, name, layer, *layer.quantize(old.weight.detach(), config.scale_search))
+    model.hf_quantizer = ChatGLMQuantizer(config, pre_quantized=True)
     model.is_quantized = True
     model.quantization_method = QUANT_METHOD
     model.config.quantization_config = config
     model.config.quantization_bit = bits
     return model
+
+
+def replace_layer(model: nn.Module, name: str, layer: nn.Module, weight: torch.Tensor, scale: torch.Tensor):
+    layer.weight, layer.weight_scale = new_parameter(weight), new_parameter(scale)
+    if isinstance(layer, QuantizedLinear):
+        layer.bias = model.get_submodule(name).bias
+    model.set_submodule(name, layer)
+
+
+class Captured(Exception):
+    """Ends a forward as soon as what was to be seen of it has been."""
+
+
+@torch.no_grad()
+def layer_inputs(module: nn.Module, layer: nn.Module, calls: list[tuple]) -> Iterator[tuple[tuple, dict]]:
+    """Calls `module` with each of `calls`, (args, kwargs), and yields the (args, kwargs) that `layer` in it gets."""
+    seen = []
+
+    def capture(layer, args, kwargs):
+        seen.append((args, kwargs))
+        raise Captured
+
+    handle = layer.register_forward_pre_hook(capture, with_kwargs=True)
+    try:
+        for args, kwargs in calls:
+            try:
+                module(*args, **kwargs)
+            except Captured:
+                yield seen.pop()
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def quantize_calibrated(model: nn.Module, layers: dict[str, nn.Module], calibration: Iterable[torch.LongTensor]):
+    """
+    Quantizes the linear layers in their order, each for the inputs that it gets from those before it, quantized already,
+    and so that its outputs come near those that it had in the original model (GPTQ, as above, with the aim of GPTAQ: Li
+    et al. 2025, arXiv 2504.02692).
+
+    Args:
+        layers: The layers to take the place of those of the same name, without data.
+        calibration: Ids, each `[batch, seq]`. Some 16,000 tokens of what the model is for do.
+
+    Raises:
+        ValueError: if there are no ids, or the model has a P-Tuning prefix.
+    """
+    calls = [((ids.to(model.device),), {"use_cache": False}) for ids in calibration]
+    if not calls or any(args[0].ndim != 2 or args[0].numel() == 0 for args, _ in calls):
+        raise ValueError("calibration must be one or more tensors of ids, [batch, seq].")
+    if model.config.pre_seq_len is not None:
+        raise ValueError(
+            "Calibrate the model without its P-Tuning prefix (pre_seq_len): the prefix loads on top of it."
+        )
+    was_training = model.training
+    model.eval()
+    base = model.base_model
+    calls = list(layer_inputs(base, base.encoder.layers[0], calls))
+    original_calls = calls
+    for i, block in enumerate(logging.tqdm(base.encoder.layers, desc="Quantizing layers")):
+        prefix = next(name for name, module in model.named_modules() if module is block)
+        names = [name for name in layers if name.startswith(f"{prefix}.")]
+        original_inputs = {}
+        for name in names:
+            inputs = layer_inputs(block, model.get_submodule(name), original_calls)
+            original_inputs[name] = [args[0].flatten(0, -2) for args, _ in inputs]
+        original_calls = [((block(*args, **kwargs),), kwargs) for args, kwargs in original_calls]
+        for name in names:
+            linear = model.get_submodule(name)
+            hessian = torch.zeros(linear.in_features, linear.in_features, device=linear.weight.device)
+            shift = torch.zeros_like(hessian)  # sum of (original x - x) x^T
+            for original, (args, _) in zip(original_inputs.pop(name), layer_inputs(block, linear, calls)):
+                x = args[0].flatten(0, -2).float()
+                hessian.addmm_(x.T, x)
+                shift.addmm_((original.float() - x).T, x)
+            # The paper's damping; and columns that no input uses
+            hessian.diagonal().add_(0.01 * hessian.diagonal().mean() + 1e-6)
+            weight = linear.weight.float()
+            weight = weight + torch.linalg.solve(hessian, shift.T @ weight.T).T
+            layer = layers[name]
+            quantized = quantize_compensated(weight.to(linear.weight.dtype), hessian, layer.bits, layer.group_size)
+            replace_layer(model, name, layer, *quantized)
+        calls = [((block(*args, **kwargs),), kwargs) for args, kwargs in calls]
+    model.train(was_training)
 
 
 # Assigned rather than registered: each folder that code is loaded from has its own copy of this module.

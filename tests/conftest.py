@@ -33,7 +33,7 @@ SHARED = Path(os.environ.get("CHATGLM2_DATA", ROOT.parent / "shared/data"))
 # The files of a checkpoint folder besides weights and config.json
 CODE_FILES = [
     path
-    for pattern in ("*_chatglm.py", "quantization.py", "*.jinja", "*r_config.json")
+    for pattern in ("*_chatglm.py", "quantization*.py", "*.jinja", "*r_config.json")
     for path in sorted(ROOT.glob(pattern))
 ]
 

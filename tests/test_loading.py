@@ -95,7 +95,7 @@ def test_mended_snapshot(model, shared, tmp_path):
     shutil.copy(published / "tokenizer_config.json", tmp_path)
     shutil.copy(shared / "tokenizer/tokenizer.model", tmp_path)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    for path in [*ROOT.glob("*_chatglm.py"), ROOT / "quantization.py", ROOT / "chat_template.jinja"]:
+    for path in [*ROOT.glob("*_chatglm.py"), *ROOT.glob("quantization*.py"), ROOT / "chat_template.jinja"]:
         shutil.copy(path, tmp_path)
     same(load(tmp_path), model)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=True)
