@@ -87,8 +87,9 @@ def torch_linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bit
     if x.device.type != "cpu":
         return nn.functional.linear(x, dequantize_weight(weight, scale.to(x.dtype), bits))
     int8_matmul = getattr(torch, "_weight_int8pack_mm", None)
+    is_supported = int8_matmul is not None and scale.ndim == 1 and x.dtype in SCALE_TYPES
     # For bfloat16 torch (2.13) reads beyond the rows if they are no multiple of 16.
-    if x.shape[0] <= FEW_ROWS and x.shape[1] % 16 == 0 and scale.ndim == 1 and int8_matmul is not None:
+    if is_supported and x.shape[0] <= FEW_ROWS and x.shape[1] % 16 == 0:
         if bits == 8:
             return int8_matmul(x.contiguous(), weight, scale.to(x.dtype))
         chunks = zip(weight.split(CHUNK_ROWS), scale.to(x.dtype).split(CHUNK_ROWS))
@@ -744,14 +745,14 @@ def cpu_library() -> ctypes.CDLL | None:
 
 
 def cpu_linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int, exact: bool) -> torch.Tensor:
-    """`x @ weight.T` for x `[rows, in]` by the compiled kernels, or by plain torch if there are none."""
+    """`x @ weight.T` for x `[..., in]` by the compiled kernels, or by plain torch if there are none."""
     library = cpu_library()
-    if library is None or (exact and x.shape[0] > FEW_ROWS) or scale.dtype not in SCALE_TYPES:
-        return torch_linear(x, weight, scale, bits)
-    dtype = x.dtype
+    rows = x.numel() // x.shape[-1]
+    if library is None or (exact and rows > FEW_ROWS) or scale.dtype not in SCALE_TYPES:
+        return torch_linear(x.reshape(rows, -1), weight, scale, bits).view(*x.shape[:-1], -1)
+    dtype, (out, columns) = x.dtype, (weight.shape[0], x.shape[-1])
     x, weight, scale = x.float().contiguous(), weight.contiguous(), scale.contiguous()
-    (rows, columns), out = x.shape, weight.shape[0]
-    output = torch.empty(rows, out)
+    output = torch.empty(*x.shape[:-1], out)
     failed = library.chatglm_linear(
         x.data_ptr(), weight.data_ptr(), scale.data_ptr(), SCALE_TYPES[scale.dtype], output.data_ptr(),
         rows, out, columns, scale.numel() // out, bits, exact, torch.get_num_threads(),
@@ -881,12 +882,10 @@ def quantized_linear(
     """
     if torch.compiler.is_compiling():
         return quantized_linear_op(x, weight, scale, bits, exact)
+    if x.device.type == "cpu" and x.numel() > 0:
+        return cpu_linear(x, weight, scale, bits, exact)
     rows = x.reshape(-1, x.shape[-1])
-    if rows.shape[0] == 0:
-        output = torch_linear(rows, weight, scale, bits)
-    elif x.device.type == "cpu":
-        output = cpu_linear(rows, weight, scale, bits, exact)
-    elif x.device.type == "cuda" and triton is not None:
+    if x.device.type == "cuda" and triton is not None and x.numel() > 0:
         output = triton_linear(rows, weight, scale, bits)
     else:
         output = torch_linear(rows, weight, scale, bits)

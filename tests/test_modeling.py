@@ -328,10 +328,12 @@ def test_rope_angles_are_float32(small_model, dtype):
     positions = torch.arange(32000, 32768)
     exact = positions[:, None].double() * 10000.0 ** -(torch.arange(0, 32, 2).double() / 32)
     cos, sin = rotary(torch.zeros(1, dtype=torch.float32), positions[None])
-    for got, expected in ((cos, exact.cos()), (sin, exact.sin())):
-        torch.testing.assert_close(got[0, :, 0::2].double(), expected, atol=5e-3, rtol=0)
+    for got, expected, unrotated in ((cos, exact.cos(), 1), (sin, exact.sin(), 0)):
+        assert got.shape == (1, 1, 768, 64)
+        torch.testing.assert_close(got[0, 0, :, 0:32:2].double(), expected, atol=5e-3, rtol=0)
         assert torch.equal(got[..., 0::2], got[..., 1::2])
-    assert len(cos[0].unique(dim=0)) == len(positions)
+        assert (got[..., 32:] == unrotated).all()
+    assert len(cos[0, 0].unique(dim=0)) == len(positions)
 
 
 def test_rms_norm_multiplies_before_the_downcast(chatglm):

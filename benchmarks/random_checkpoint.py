@@ -1,0 +1,140 @@
+"""Checkpoints of the ChatGLM2-6B shape with random weights, for measuring: ours, and llama.cpp's of the same."""
+
+import inspect
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModel
+
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ROOT / "checkpoints/tiny"
+CODE = ("*_chatglm.py", "quantization*.py", "*.jinja", "tokenizer_config.json", "generation_config.json")
+
+
+def write_checkpoint(folder: Path, layers: int = 28, bits: int | None = None, dtype=torch.bfloat16, **quantization):
+    """
+    Writes a checkpoint of the 6B shape, layer by layer.
+
+    Args:
+        bits: 4 or 8, or None for weights in `dtype`.
+        quantization: Other options of `ChatGLMQuantizationConfig`.
+    """
+    folder.mkdir(parents=True)
+    for pattern in CODE:
+        for path in ROOT.glob(pattern):
+            (folder / path.name).symlink_to(path)
+    (folder / "tokenizer.model").symlink_to(TINY / "tokenizer.model")
+    config = {**json.loads((ROOT / "config.json").read_text()), "num_layers": layers}
+    config["torch_dtype"] = str(dtype).removeprefix("torch.")
+    config_path = folder / "config.json"
+    config_path.write_text(json.dumps(config))
+
+    model_config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    with torch.device("meta"):
+        model = AutoModel.from_config(model_config, trust_remote_code=True, dtype=dtype)
+        if bits is not None:
+            import sys
+
+            quantize = sys.modules[inspect.getmodule(type(model)).quantize.__module__]
+            config["quantization_config"] = {"quant_method": "chatglm", "bits": bits, **quantization}
+            options = quantize.ChatGLMQuantizationConfig(bits=bits, **quantization)
+            for name, layer in quantize.empty_layers(model, options).items():
+                model.set_submodule(name, layer)
+    config_path.write_text(json.dumps(config))
+
+    generator = torch.Generator().manual_seed(0)
+    shards: dict[str, dict] = {}
+    for name, tensor in model.state_dict().items():
+        parts = name.split(".")
+        shards.setdefault(parts[3] if "layers" in parts else "rest", {})[name] = tensor
+    weight_map, total = {}, 0
+    for i, (shard, tensors) in enumerate(shards.items()):
+        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        data = {name: random_tensor(name, tensor, bits, generator) for name, tensor in tensors.items()}
+        save_file(data, folder / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(data, file))
+        total += sum(tensor.nbytes for tensor in data.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def random_tensor(name: str, like: torch.Tensor, bits: int | None, generator: torch.Generator) -> torch.Tensor:
+    """Returns what makes hidden states of moderate size, so that nothing overflows."""
+    if like.dtype == torch.int8:
+        if bits == 8 or "layers" not in name:
+            return torch.randint(-127, 128, like.shape, dtype=torch.int8, generator=generator)
+        return torch.randint(-128, 128, like.shape, dtype=torch.int8, generator=generator) & ~0x11  # no -8 in a half
+    if name.endswith("weight_scale"):
+        return torch.full(like.shape, 0.02 / (4 if bits == 4 and "layers" in name else 73), dtype=like.dtype)
+    if like.ndim == 1:
+        return torch.full(like.shape, 1.0 if "norm" in name else 0.0, dtype=like.dtype)
+    tensor = torch.empty(like.shape, dtype=torch.float32)
+    return tensor.normal_(0, 0.02, generator=generator).to(like.dtype)
+
+
+def load(folder: Path, **kwargs):
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True, **kwargs).eval()
+    model.generation_config.eos_token_id = -1  # random weights are to go on to the limit
+    return model
+
+
+def write_gguf(path: Path, layers: int = 28, bits: int = 4):
+    """Writes llama.cpp's file of the same shape: Q4_0 with a head in Q6_K, as its tools do, or Q8_0. Needs `gguf`."""
+    import gguf
+    import numpy as np
+
+    config = json.loads((ROOT / "config.json").read_text())
+    hidden, ffn, heads = config["hidden_size"], config["ffn_hidden_size"], config["num_attention_heads"]
+    groups, vocabulary, head_dim = config["multi_query_group_num"], config["padded_vocab_size"], config["kv_channels"]
+    body = gguf.GGMLQuantizationType.Q4_0 if bits == 4 else gguf.GGMLQuantizationType.Q8_0
+    head = gguf.GGMLQuantizationType.Q6_K if bits == 4 else gguf.GGMLQuantizationType.Q8_0
+
+    unfinished = path.with_suffix(".unfinished")
+    writer = gguf.GGUFWriter(unfinished, "chatglm", use_temp_file=True)
+    writer.add_context_length(config["seq_length"])
+    writer.add_embedding_length(hidden)
+    writer.add_feed_forward_length(ffn)
+    writer.add_block_count(layers)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(groups)
+    writer.add_layer_norm_rms_eps(config["layernorm_epsilon"])
+    writer.add_rope_dimension_count(head_dim // 2)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_0 if bits == 4 else gguf.LlamaFileType.MOSTLY_Q8_0)
+    writer.add_tokenizer_model("no_vocab")
+    writer.add_vocab_size(vocabulary)
+
+    rng = np.random.default_rng(0)
+    # Where in a block the scale is, and a value for it
+    scales = {"Q4_0": (slice(0, 2), 0.005), "Q8_0": (slice(0, 2), 0.0003), "Q6_K": (slice(-2, None), 1e-5)}
+
+    def quantized(name: str, rows: int, columns: int, kind):
+        block_size, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+        data = rng.integers(0, 256, (rows, columns // block_size, block_bytes), dtype=np.uint8)
+        where, scale = scales[kind.name]
+        data[..., where] = np.frombuffer(np.float16(scale).tobytes(), np.uint8)
+        writer.add_tensor(name, data.reshape(rows, -1), raw_dtype=kind)
+
+    def full(name: str, size: int, value: float):
+        writer.add_tensor(name, np.full(size, value, np.float32))
+
+    quantized("token_embd.weight", vocabulary, hidden, head)
+    quantized("output.weight", vocabulary, hidden, head)
+    full("output_norm.weight", hidden, 1)
+    for i in range(layers):
+        full(f"blk.{i}.attn_norm.weight", hidden, 1)
+        full(f"blk.{i}.ffn_norm.weight", hidden, 1)
+        full(f"blk.{i}.attn_qkv.bias", (heads + 2 * groups) * head_dim, 0)
+        quantized(f"blk.{i}.attn_qkv.weight", (heads + 2 * groups) * head_dim, hidden, body)
+        quantized(f"blk.{i}.attn_output.weight", hidden, heads * head_dim, body)
+        quantized(f"blk.{i}.ffn_up.weight", 2 * ffn, hidden, body)
+        quantized(f"blk.{i}.ffn_down.weight", hidden, ffn, body)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    os.replace(unfinished, path)
