@@ -9,7 +9,7 @@ TRANSFORMERS ?= 5.23.0
 MATRIX ?= 5.9.0 5.17.0 5.19.0 5.23.0
 ESSENTIALS = $(patsubst %,tests/test_%.py,configuration golden tokenization chat loading quantization)
 
-.PHONY: chat test test-matrix lint bench clean
+.PHONY: chat test test-matrix test-quantizers lint bench clean
 
 # The shell gets the prompt as it is, whatever characters are in it.
 export PROMPT
@@ -24,16 +24,24 @@ test-matrix: $(MATRIX:%=test-transformers-%)
 test-transformers-%: .venv-%/installed-test
 	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -n 2 $(ESSENTIALS) $(ARGS)
 
+# Other libraries' quantization. They print at every import, so they do not go into .venv.
+test-quantizers: .venv-quantizers/installed-quantizers
+	OMP_NUM_THREADS=1 .venv-quantizers/bin/python -m pytest tests/test_quantization.py -k "bitsandbytes or torchao" $(ARGS)
+
 lint: .venv/installed-test
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
-bench: .venv/installed
-	.venv/bin/python -m benchmarks.tokenizer
+# Half an hour, 20 GB of disk and 16 GB of memory for the 6B shape
+bench: .venv-bench/installed-bench
+	.venv-bench/bin/python -m benchmarks.tokenizer
+	.venv-bench/bin/python -m benchmarks.quantization_quality --output benchmarks/results/quantization_quality.json
+	.venv-bench/bin/python -m benchmarks.decode --against llama.cpp --output benchmarks/results/decode.json
+	.venv-bench/bin/python -m benchmarks.decode --bits --half --output benchmarks/results/half.json
 
 PIP = $(@D)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.venv/installed: setup.cfg constraints.txt
+.venv/installed .venv-bench/installed .venv-quantizers/installed: setup.cfg constraints.txt
 	$(PYTHON) -m venv $(@D)
 	$(PIP) transformers==$(TRANSFORMERS) -e .
 	touch $@
@@ -45,6 +53,14 @@ PIP = $(@D)/bin/pip install --quiet --disable-pip-version-check -c constraints.t
 
 %/installed-test: %/installed
 	$(PIP) -e ".[test]"
+	touch $@
+
+%/installed-bench: %/installed
+	$(PIP) -e ".[bench]"
+	touch $@
+
+%/installed-quantizers: %/installed
+	$(PIP) -e ".[quantizers]"
 	touch $@
 
 .PRECIOUS: .venv-%/installed %/installed-test

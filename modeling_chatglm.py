@@ -69,24 +69,22 @@ def rows_for_float32(dtype: torch.dtype) -> float:
     return 16
 
 
-class Linear(nn.Linear):
-    """A linear layer. On the CPU, half precision takes the faster way for long inputs."""
+def linear(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """
+    `layer(x)`. On the CPU, half precision takes the faster way for long inputs.
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight = self.weight
-        if (
-            x.device.type != "cpu"
-            or x.dtype != weight.dtype
-            or x.numel() < rows_for_float32(x.dtype) * self.in_features
-        ):
-            return super().forward(x)
-        is_plain = type(weight) is nn.Parameter and type(x) is torch.Tensor  # rather than torchao's, or a DTensor
-        needs_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-        if not is_plain or needs_gradient or torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return super().forward(x)
-        output = chunked_linear(x.reshape(-1, self.in_features), self.out_features, lambda rows: weight[rows].float())
-        output = output.view(*x.shape[:-1], self.out_features)
-        return output if self.bias is None else output + self.bias
+    Not a subclass of `nn.Linear`, as other libraries (bitsandbytes) replace layers of that very type alone.
+    """
+    if x.device.type != "cpu" or x.shape[:-1].numel() < rows_for_float32(x.dtype) or type(layer) is not nn.Linear:
+        return layer(x)
+    weight, bias = layer.weight, layer.bias
+    is_plain = type(weight) is nn.Parameter and type(x) is torch.Tensor and weight.dtype == x.dtype
+    is_hooked = layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)  # accelerate's, say
+    needs_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    if not is_plain or is_hooked or needs_gradient or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return layer(x)
+    output = chunked_linear(x.reshape(-1, x.shape[-1]), len(weight), lambda rows: weight[rows].float(), bias)
+    return output.view(*x.shape[:-1], len(weight))
 
 
 class Embedding(nn.Module):
@@ -164,13 +162,15 @@ class RotaryEmbedding(nn.Module):
     @dynamic_rope_update
     def forward(self, x: torch.Tensor, position_ids: torch.LongTensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Returns cos and sin in the dtype of `x`, each `[batch, 1, seq, head_dim]`, every angle twice in a row. The channels
-        that are not rotated have 1 and 0: fewer operations in each layer than to take them apart.
+        Returns cos and sin in the dtype of `x`, each `[batch, 1, seq, head_dim]`, every angle twice in a row, the sine
+        first with a minus. The channels that are not rotated have 1 and 0: fewer operations in each layer than to take
+        them apart.
         """
         angles = position_ids[:, None, :, None].float() * self.inv_freq.to(x.device, torch.float)
         angles = angles.repeat_interleave(2, dim=-1)
         cos = angles.cos() * self.attention_scaling
         sin = angles.sin() * self.attention_scaling
+        sin[..., 0::2].neg_()
         rest = self.config.kv_channels - angles.shape[-1]
         cos, sin = nn.functional.pad(cos, (0, rest), value=1.0), nn.functional.pad(sin, (0, rest))
         return cos.to(x.dtype), sin.to(x.dtype)
@@ -178,8 +178,8 @@ class RotaryEmbedding(nn.Module):
 
 def apply_rotary_pos_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotates the pairs (0, 1), (2, 3), ... of channels of `x`, `[batch, heads, seq, head_dim]`."""
-    x_rotated = torch.stack((-x[..., 1::2], x[..., 0::2]), dim=-1).flatten(-2)
-    return x * cos + x_rotated * sin
+    x_swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return x * cos + x_swapped * sin
 
 
 class RMSNorm(nn.Module):
@@ -281,8 +281,8 @@ class SelfAttention(nn.Module):
 
         qkv_size = (self.num_heads + 2 * self.num_key_value_heads) * self.head_dim
         qkv_bias = config.add_bias_linear or config.add_qkv_bias
-        self.query_key_value = Linear(config.hidden_size, qkv_size, bias=qkv_bias)
-        self.dense = Linear(self.num_heads * self.head_dim, config.hidden_size, bias=config.add_bias_linear)
+        self.query_key_value = nn.Linear(config.hidden_size, qkv_size, bias=qkv_bias)
+        self.dense = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, bias=config.add_bias_linear)
 
     def split_qkv(
         self, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
@@ -312,7 +312,7 @@ class SelfAttention(nn.Module):
         prefix_value: torch.Tensor | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        query, key, value = self.split_qkv(self.query_key_value(hidden_states), *position_embeddings)
+        query, key, value = self.split_qkv(linear(self.query_key_value, hidden_states), *position_embeddings)
         if prefix_key is not None:
             key = torch.cat((prefix_key, key), dim=2)
             value = torch.cat((prefix_value, value), dim=2)
@@ -334,7 +334,7 @@ class SelfAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        return self.dense(output.reshape(*hidden_states.shape[:-1], -1)), weights
+        return linear(self.dense, output.reshape(*hidden_states.shape[:-1], -1)), weights
 
 
 class MLP(nn.Module):
@@ -343,12 +343,12 @@ class MLP(nn.Module):
     def __init__(self, config: ChatGLMConfig):
         super().__init__()
         bias = config.add_bias_linear
-        self.dense_h_to_4h = Linear(config.hidden_size, 2 * config.ffn_hidden_size, bias=bias)
-        self.dense_4h_to_h = Linear(config.ffn_hidden_size, config.hidden_size, bias=bias)
+        self.dense_h_to_4h = nn.Linear(config.hidden_size, 2 * config.ffn_hidden_size, bias=bias)
+        self.dense_4h_to_h = nn.Linear(config.ffn_hidden_size, config.hidden_size, bias=bias)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        gate, up = self.dense_h_to_4h(hidden_states).chunk(2, dim=-1)
-        return self.dense_4h_to_h(nn.functional.silu(gate) * up)
+        gate, up = linear(self.dense_h_to_4h, hidden_states).chunk(2, dim=-1)
+        return linear(self.dense_4h_to_h, nn.functional.silu(gate) * up)
 
 
 def build_norm(config: ChatGLMConfig) -> nn.Module:
@@ -563,7 +563,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         self.encoder = GLMTransformer(config)
         self.output_layer = None
         if with_output_layer:
-            self.output_layer = Linear(config.hidden_size, config.padded_vocab_size, bias=False)
+            self.output_layer = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False)
         else:
             self._tied_weights_keys = None
         self.gradient_checkpointing = False
@@ -649,7 +649,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         if past_key_values is not None and not isinstance(past_key_values, Cache):
             past_key_values = cache_from_legacy(past_key_values)
         if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+            past_key_values = let_grow(DynamicCache(config=self.config))
 
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
         prefix, mask_cache = None, past_key_values
@@ -694,6 +694,56 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         if return_legacy_cache and past_key_values is not None:
             past_key_values = cache_to_legacy(past_key_values)
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+
+
+class GrowingLayer(DynamicLayer):
+    """
+    The cache of a layer that grows as needed, with room to spare: a step of decoding copies the new token into it, where
+    the library's layer copies all of the cache.
+    """
+
+    _buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        is_first = not self.is_initialized or self.keys.numel() == 0
+        if is_first or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return super().update(key_states, value_states, *args, **kwargs)
+        if self._buffers is None or not (
+            fits(self.keys, self._buffers[0], key_states) and fits(self.values, self._buffers[1], value_states)
+        ):
+            self._buffers = with_room(self.keys, key_states), with_room(self.values, value_states)
+        self.keys = append(self.keys, self._buffers[0], key_states)
+        self.values = append(self.values, self._buffers[1], value_states)
+        return self.keys, self.values
+
+
+def fits(cached: torch.Tensor, buffer: torch.Tensor, new: torch.Tensor) -> bool:
+    """Whether `cached` still is the beginning of `buffer`, rather than replaced by a copy, and there is room for `new`."""
+    is_beginning = cached.data_ptr() == buffer.data_ptr() and cached.stride() == buffer.stride()
+    return is_beginning and buffer.shape[0] == new.shape[0] and cached.shape[2] + new.shape[2] <= buffer.shape[2]
+
+
+def with_room(cached: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """Returns a buffer, `[batch, groups, n, head_dim]`, that begins with `cached` and has room for `new` and some more."""
+    batch, groups, length, head_dim = cached.shape
+    length = (length + new.shape[2]) * 5 // 4 + 64
+    buffer = cached.new_empty(batch, groups, length, head_dim)
+    buffer[:, :, : cached.shape[2]] = cached
+    return buffer
+
+
+def append(cached: torch.Tensor, buffer: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    start, end = cached.shape[2], cached.shape[2] + new.shape[2]
+    buffer[:, :, start:end] = new
+    return buffer[:, :, :end]
+
+
+def let_grow(cache: Cache | None) -> Cache | None:
+    """Has a new, empty `DynamicCache` made of `GrowingLayer`s; leaves others as they are."""
+    if type(cache) is DynamicCache and not cache.offloading:
+        if all(type(layer) is DynamicLayer and not layer.is_initialized for layer in cache.layers):
+            cache.layers = [GrowingLayer() for _ in cache.layers]
+    return cache
 
 
 def select_positions(hidden_states: torch.Tensor, keep: int | torch.Tensor) -> torch.Tensor:
@@ -931,7 +981,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         hidden_states = select_positions(outputs.last_hidden_state, 1 if return_last_logit else logits_to_keep)
-        logits = self.transformer.output_layer(hidden_states)
+        logits = linear(self.transformer.output_layer, hidden_states)
 
         loss = None
         if labels is not None:
@@ -962,9 +1012,8 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
                 "for tokens of the prompt. Pass the whole prompt without past_key_values."
             )
         max_cache_length += self.config.pre_seq_len or 0
-        return super()._prepare_cache_for_generation(
-            generation_config, model_kwargs, mode, batch_size, max_cache_length
-        )
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, mode, batch_size, max_cache_length)
+        let_grow(model_kwargs.get("past_key_values"))
 
     def generate_batch(self, *args, **kwargs):
         """The library's continuous batching. Its paged cache has no place for a P-Tuning prefix."""
@@ -1125,7 +1174,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
                 "Beam search cannot be streamed, as it may change earlier tokens: use num_beams=1, or chat."
             )
         if return_past_key_values and kwargs.get("past_key_values") is None:
-            kwargs["past_key_values"] = DynamicCache(config=self.config)
+            kwargs["past_key_values"] = let_grow(DynamicCache(config=self.config))
 
         def generate(streamer):
             self.generate(
@@ -1177,7 +1226,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
                     "return_past_key_values=True with cache_implementation: make the cache yourself, and pass it as "
                     "past_key_values."
                 )
-            cache = DynamicCache(config=self.config)
+            cache = let_grow(DynamicCache(config=self.config))
         if (options.get("num_beams") or 1) > 1 or options.get("use_cache") is False:
             raise ValueError(
                 "With num_beams > 1 or use_cache=False there is no cache to keep for the next round: leave out "
@@ -1295,7 +1344,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         kept = common_prefix(cache.chat_record.ids[:valid], ids[:-1])
         if self.config.pre_seq_len is not None:
             kept = 0  # `generate` would take the P-Tuning prefix in the cache for tokens of the prompt
-        if all(type(layer) is DynamicLayer for layer in cache.layers):
+        if all(type(layer) in (DynamicLayer, GrowingLayer) for layer in cache.layers):
             for layer, length in zip(cache.layers, lengths):
                 if length > kept:
                     layer.crop(kept - length)

@@ -40,7 +40,7 @@ def largest_quantized(bits: int) -> int:
 
 
 def check_finite(name: str, weight: torch.Tensor):
-    if not torch.isfinite(weight).all():
+    if weight.numel() and not torch.isfinite(torch.stack(weight.aminmax())).all():  # NaN goes through; no copy
         raise ValueError(f"{name} holds NaN or infinity, and cannot be quantized. Is the checkpoint damaged?")
 
 
@@ -103,14 +103,17 @@ def quantize_weight(
         ValueError: if the weight is not finite.
     """
     check_finite("The weight", weight)
-    quantized, scales = [], []
-    for rows in weight.split(CHUNK_ROWS // 4 if scale_search else CHUNK_ROWS):  # to need little memory
-        groups = rows if group_size is None else rows.unflatten(1, (-1, group_size))
-        scale = searched_scale(groups, bits) if scale_search else published_scale(groups, bits)
-        rows = round_to_scale(groups, scale, bits).view(rows.shape)
-        quantized.append(pack_int4(rows) if bits == 4 else rows)
-        scales.append(scale)
-    return torch.cat(quantized), torch.cat(scales)
+    out, columns = weight.shape
+    packed = torch.empty(out, columns // 2 if bits == 4 else columns, dtype=torch.int8, device=weight.device)
+    groups = () if group_size is None else (columns // group_size,)
+    scales = torch.empty(out, *groups, dtype=weight.dtype, device=weight.device)
+    for start in range(0, out, CHUNK_ROWS):  # to need little memory
+        rows = slice(start, start + CHUNK_ROWS)
+        grouped = weight[rows] if group_size is None else weight[rows].unflatten(1, (-1, group_size))
+        scale = searched_scale(grouped, bits) if scale_search else published_scale(grouped, bits)
+        quantized = round_to_scale(grouped, scale, bits).view(-1, columns)
+        packed[rows], scales[rows] = pack_int4(quantized) if bits == 4 else quantized, scale
+    return packed, scales
 
 
 def quantize_compensated(
@@ -335,8 +338,11 @@ class ChatGLMQuantizationConfig(QuantizationConfigMixin):
         quantize_embeddings: bool = False,
         scale_search: bool = False,
         exact_activations: bool = False,
+        quant_method: str = QUANT_METHOD,
         **kwargs,
     ):
+        if kwargs:
+            raise TypeError(f"Unknown options for quantization: {', '.join(kwargs)}.")
         if bits not in (4, 8):
             raise ValueError(f"bits must be 4 or 8, got {bits!r}.")
         if group_size is not None and group_size not in GROUP_SIZES:

@@ -63,13 +63,15 @@ def dequantize_weight(weight: torch.Tensor, scale: torch.Tensor, bits: int) -> t
 CHUNK_ROWS = 1024  # of the weight: 16 MB as float32 in the 6B shape, which stays in the cache until it is multiplied
 
 
-def chunked_linear(x: torch.Tensor, out_features: int, rows_as_float) -> torch.Tensor:
+def chunked_linear(x: torch.Tensor, out_features: int, rows_as_float, bias: torch.Tensor | None = None) -> torch.Tensor:
     """
-    `x @ weight.T` in float32, for a weight that is turned into float32 chunk by chunk, so that it never is as a whole.
+    `x @ weight.T + bias` in float32, for a weight that is turned into float32 chunk by chunk, so that it never is as a
+    whole.
 
     Args:
         x: `[rows, in]`.
         rows_as_float: Called with a slice of the weight's rows, returns them in float32, `[n, in]`.
+        bias: `[out]`.
 
     Returns:
         `[rows, out]`, in the dtype of `x`.
@@ -78,7 +80,7 @@ def chunked_linear(x: torch.Tensor, out_features: int, rows_as_float) -> torch.T
     x = x.float()
     for start in range(0, out_features, CHUNK_ROWS):
         rows = slice(start, start + CHUNK_ROWS)
-        output[:, rows] = x @ rows_as_float(rows).T
+        output[:, rows] = nn.functional.linear(x, rows_as_float(rows), None if bias is None else bias[rows].float())
     return output
 
 

@@ -78,7 +78,7 @@ def random_tensor(name: str, like: torch.Tensor, bits: int | None, generator: to
 
 def load(folder: Path, **kwargs):
     model = AutoModel.from_pretrained(folder, trust_remote_code=True, **kwargs).eval()
-    model.generation_config.eos_token_id = -1  # random weights are to go on to the limit
+    model.generation_config.eos_token_id = None  # random weights are to go on to the limit
     return model
 
 

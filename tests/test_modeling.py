@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache, GlmConfig, GlmForCausalLM, StaticCache
+from transformers.cache_utils import DynamicLayer
 
 from conftest import SMALL
 
@@ -328,10 +329,10 @@ def test_rope_angles_are_float32(small_model, dtype):
     positions = torch.arange(32000, 32768)
     exact = positions[:, None].double() * 10000.0 ** -(torch.arange(0, 32, 2).double() / 32)
     cos, sin = rotary(torch.zeros(1, dtype=torch.float32), positions[None])
-    for got, expected, unrotated in ((cos, exact.cos(), 1), (sin, exact.sin(), 0)):
+    for got, expected, unrotated in ((cos, exact.cos(), 1), (sin, -exact.sin(), 0)):
         assert got.shape == (1, 1, 768, 64)
         torch.testing.assert_close(got[0, 0, :, 0:32:2].double(), expected, atol=5e-3, rtol=0)
-        assert torch.equal(got[..., 0::2], got[..., 1::2])
+        assert torch.equal(got[..., 0:32:2], got[..., 1:32:2] if unrotated else -got[..., 1:32:2])
         assert (got[..., 32:] == unrotated).all()
     assert len(cos[0, 0].unique(dim=0)) == len(positions)
 
@@ -634,3 +635,98 @@ def test_infinite_logits(chatglm):
     scores = torch.tensor([[0.0, 1.0, 2.0], [0.0, torch.inf, 2.0]])
     ended = chatglm.modeling.InvalidScoreLogitsProcessor(2)(None, scores)
     assert torch.equal(ended[0], scores[0]) and ended[1].tolist() == [-torch.inf, -torch.inf, 0]
+
+
+# The cache
+
+
+def test_growing_layer_equals_the_library_s(chatglm):
+    """Whatever is done to it between steps; and most steps do not copy what is cached."""
+    torch.manual_seed(0)
+    growing, plain = chatglm.modeling.GrowingLayer(), DynamicLayer()
+    copies = []
+
+    def update(length):
+        before = growing.keys.data_ptr() if growing.is_initialized else None
+        new = torch.randn(2, growing.keys.shape[0] if growing.is_initialized else 2, 3, length, 8)
+        for got, expected in zip(growing.update(*new), plain.update(*new)):
+            assert torch.equal(got, expected)
+        copies.append(growing.keys.data_ptr() != before)
+
+    def both(method, *args):
+        for layer in (growing, plain):
+            getattr(layer, method)(*args)
+        assert torch.equal(growing.keys, plain.keys) and torch.equal(growing.values, plain.values)
+
+    with torch.no_grad():
+        update(100)
+        for _ in range(50):
+            update(1)
+        assert sum(copies) == 2  # the first, which the library's layer makes, and when room was made
+        both("crop", -30)
+        update(7)
+        assert not copies[-1]
+        both("batch_repeat_interleave", 2)
+        update(1)
+        both("batch_select_indices", torch.tensor([3, 0]))
+        update(200)
+        both("reorder_cache", torch.tensor([1, 0]))
+        update(1)
+        held = copy.deepcopy(growing)
+        update(1)
+        assert torch.equal(held.keys, plain.keys[:, :, :-1])
+        held.update(*torch.randn(2, 2, 3, 1, 8))
+        assert torch.equal(growing.keys, plain.keys)
+
+
+def test_steps_do_not_copy_the_cache(small_model):
+    """`generate` and the forward make such caches by themselves, other kinds are left as they are."""
+    model = small_model()
+    ids = random_ids(model, 1, 5)
+    output = model.generate(ids, max_new_tokens=3, min_new_tokens=3, return_dict_in_generate=True)
+    assert {type(layer).__name__ for layer in output.past_key_values.layers} == {"GrowingLayer"}
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).past_key_values
+        model(ids[:, :1], past_key_values=cache)
+        address = cache.layers[0].keys.data_ptr()
+        model(ids[:, :1], past_key_values=cache)
+        assert cache.layers[0].keys.data_ptr() == address
+    own = DynamicCache(config=model.config)
+    model.generate(ids, past_key_values=own, max_new_tokens=3, min_new_tokens=3)
+    assert own.get_seq_length() == 7
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_one_token_attends_as_eager(small_model, masked):
+    """sdpa folds the heads of a group into one product for a single token."""
+    model = small_model(multi_query_group_num=2)
+    ids = random_ids(model, 2, 9)
+    mask = torch.ones_like(ids)
+    if masked:
+        mask[0, :3] = 0
+    logits = {}
+    for implementation in ("eager", "sdpa"):
+        model.set_attn_implementation(implementation)
+        with torch.no_grad():
+            cache = model(ids[:, :-1], attention_mask=mask[:, :-1], use_cache=True).past_key_values
+            logits[implementation] = model(ids[:, -1:], attention_mask=mask, past_key_values=cache).logits
+    close(logits["sdpa"], logits["eager"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_in_chunks(chatglm, monkeypatch, dtype):
+    """On the CPU, long inputs: nearer to the exact product than torch's own, and where it cannot be, layer(x) itself."""
+    modeling = chatglm.modeling
+    monkeypatch.setattr(modeling, "rows_for_float32", lambda dtype: 16)
+    layer = torch.nn.Linear(300, 2500).to(dtype)
+    x = torch.randn(2, 12, 300, dtype=dtype)
+    exact = torch.nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double())
+    with torch.no_grad():
+        chunked, plain = modeling.linear(layer, x), layer(x)
+        assert chunked.dtype == dtype and (chunked - exact).norm() < 1.1 * (plain - exact).norm()
+        assert torch.equal(modeling.linear(layer, x[0]), layer(x[0]))  # few rows
+        layer.register_forward_hook(lambda module, args, output: 2 * output)
+        torch.testing.assert_close(modeling.linear(layer, x), 2 * plain)
+    layer._forward_hooks.clear()
+    modeling.linear(layer, x).sum().backward()
+    assert layer.weight.grad is not None

@@ -1,28 +1,32 @@
 """INT8 and INT4: the published formats, and every way to a quantized model giving the same one."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, BitsAndBytesConfig
 
-from conftest import SMALL
+from conftest import ROOT, SMALL
 
 
+# Wide enough for groups of columns
+WIDE = {**SMALL, "hidden_size": 64, "kv_channels": 16, "ffn_hidden_size": 128}
 IDS = torch.tensor([[5, 6, 7, 8]])
 
 
 @pytest.fixture(scope="module")
 def quantization(chatglm):
-    import sys
-
     return sys.modules[chatglm.modeling.quantize.__module__]
 
 
 @pytest.fixture(scope="module")
 def checkpoint(small_model, write_checkpoint, tmp_path_factory):
-    return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "small", SMALL, small_model(1).state_dict())
+    model = small_model(1, **WIDE)
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "small", WIDE, model.state_dict())
 
 
 def load(path, auto_class=AutoModel, **kwargs):
@@ -53,7 +57,7 @@ def test_packing(quantization):
     values = torch.tensor([[1, -2, 7, -7]], dtype=torch.int8)
     packed = quantization.pack_int4(values)
     assert packed.view(torch.uint8).tolist() == [[0x1E, 0x79]]  # the even column is in the high half
-    assert torch.equal(quantization.unpack_int4(packed), values)
+    assert torch.equal(quantization.dequantize_weight(packed, torch.ones(1), 4), values.float())
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -70,33 +74,132 @@ def test_zero_rows(quantization):
     assert (scale == 0).all() and (quantization.dequantize_weight(packed, scale, 8) == 0).all()
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_every_way_gives_the_same(checkpoint, chatglm, quantization, bits, tmp_path):
-    in_place = load(checkpoint).quantize(bits)
-    config = quantization.ChatGLMQuantizationConfig(bits=bits)
+OPTIONS = {
+    "INT8": {"bits": 8},
+    "INT4": {"bits": 4},
+    "groups": {"bits": 4, "group_size": 32},
+    "groups of INT8": {"bits": 8, "group_size": 64},
+    "embeddings": {"bits": 4, "quantize_embeddings": True},
+    "search": {"bits": 4, "scale_search": True},
+    "some layers": {"bits": 4, "modules_to_not_convert": ["layers.0", "dense_4h_to_h"]},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_way_gives_the_same(checkpoint, chatglm, quantization, name, tmp_path):
+    options = OPTIONS[name]
+    in_place = load(checkpoint).quantize(**options)
+    config = quantization.ChatGLMQuantizationConfig(**options)
     same(load(checkpoint, quantization_config=config), in_place)
-    same(load(checkpoint, quantization_config={"quant_method": "chatglm", "bits": bits}), in_place)
+    same(load(checkpoint, quantization_config={"quant_method": "chatglm", **options}), in_place)
     in_place.save_pretrained(tmp_path / "saved")
     saved = json.loads((tmp_path / "saved/config.json").read_text())
-    assert saved["quantization_bit"] == bits and saved["quantization_config"]["bits"] == bits
+    assert saved["quantization_bit"] == options["bits"]
+    assert saved["quantization_config"] == {"quant_method": "chatglm", **config.to_dict()}
     again = load(tmp_path / "saved")
     same(again, in_place)
     again.save_pretrained(tmp_path / "again")
-    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("saved", "again")]
+    weights = [(tmp_path / folder / "model.safetensors").read_bytes() for folder in ("saved", "again")]
     assert weights[0] == weights[1]
 
-    names = set(load_file(tmp_path / "saved/model.safetensors"))
-    assert "transformer.encoder.layers.0.self_attention.dense.weight_scale" in names
-    assert "transformer.output_layer.weight_scale" not in names
+    tensors = load_file(tmp_path / "saved/model.safetensors")
+    scale = tensors["transformer.encoder.layers.1.self_attention.dense.weight_scale"]
+    assert scale.shape == ((64,) if "group_size" not in options else (64, 64 // options["group_size"]))
+    assert ("transformer.output_layer.weight_scale" in tensors) == (name == "embeddings")
+    assert ("transformer.encoder.layers.1.mlp.dense_4h_to_h.weight_scale" in tensors) == (name != "some layers")
+    assert ("transformer.encoder.layers.0.mlp.dense_h_to_4h.weight_scale" in tensors) == (name != "some layers")
     exact = load(checkpoint)(IDS).logits
     error = (again(IDS).logits - exact).norm() / exact.norm()
-    assert 0 < error < {8: 0.05, 4: 0.5}[bits]
+    assert 0 < error < {8: 0.05, 4: 0.5}[options["bits"]]
+
+
+def test_better_rounding(quantization):
+    """Each option has a smaller error than the published rule; calibration in what the layer computes."""
+    torch.manual_seed(0)
+    weight = torch.randn(64, 256)
+    x = torch.randn(2000, 16) @ torch.randn(16, 256) + 0.3 * torch.randn(2000, 256)  # columns that go together
+
+    def errors(packed, scale):
+        error = quantization.dequantize_weight(packed, scale, 4) - weight
+        return error.norm().item(), (x @ error.T).norm().item()
+
+    published = errors(*quantization.quantize_weight(weight, 4))
+    searched = errors(*quantization.quantize_weight(weight, 4, scale_search=True))
+    groups = errors(*quantization.quantize_weight(weight, 4, group_size=32))
+    assert searched[0] < 0.95 * published[0] and groups[0] < 0.85 * published[0]
+    hessian = x.T @ x
+    hessian.diagonal().add_(0.01 * hessian.diagonal().mean())
+    for group_size in (None, 32):
+        packed, scale = quantization.quantize_compensated(weight, hessian, 4, group_size)
+        assert scale.shape == ((64,) if group_size is None else (64, 8))
+        assert errors(packed, scale)[1] < 0.5 * searched[1]
+
+
+@pytest.mark.parametrize("options", [{}, {"group_size": 32}, {"quantize_embeddings": True}])
+def test_calibration(checkpoint, tmp_path, options):
+    """What it writes is the same format, and nearer to the original model on text like that it saw."""
+    torch.manual_seed(0)
+    ids, unseen = torch.randint(128, (8, 8, 32))[:, :, :].split([7, 1])
+    original = load(checkpoint)
+    exact = original(unseen[0]).logits
+    calibrated = load(checkpoint).quantize(4, calibration=list(ids), **options)
+    plain = load(checkpoint).quantize(4, **options)
+    error, plain_error = (((model(unseen[0]).logits - exact).norm() / exact.norm()) for model in (calibrated, plain))
+    assert error < 0.8 * plain_error
+    calibrated.save_pretrained(tmp_path / "calibrated")
+    same(load(tmp_path / "calibrated"), calibrated)
+
+
+def test_exact_activations(checkpoint, tmp_path):
+    """An option of the configuration, also of a checkpoint that is quantized already."""
+    load(checkpoint).quantize(4).save_pretrained(tmp_path)
+    exact = load(tmp_path).dequantize()(IDS).logits
+    config = AutoConfig.from_pretrained(tmp_path, trust_remote_code=True)
+    rounded = load(tmp_path, config=config)(IDS).logits
+    config.quantization_config["exact_activations"] = True
+    torch.testing.assert_close(load(tmp_path, config=config)(IDS).logits, exact)
+    assert 0 < (rounded - exact).norm() / exact.norm() < 0.03
+
+
+def test_memory_while_loading(tmp_path):
+    """At most the quantized model and one layer: weights are quantized one by one, as they are read."""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("There is no /proc/self/status.")
+    code = f"""
+import sys, threading, time
+sys.path.insert(0, {str(ROOT)!r})
+from pathlib import Path
+import torch
+from benchmarks.random_checkpoint import load, write_checkpoint
+from benchmarks.decode import anonymous_memory
+folder = Path({str(tmp_path / "half")!r})
+write_checkpoint(folder, layers=3, dtype=torch.float16)
+torch.zeros(1 << 20) @ torch.zeros(1 << 20)  # the threads that torch starts
+peak, done, before = 0.0, False, anonymous_memory()
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, anonymous_memory())
+        time.sleep(0.005)
+thread = threading.Thread(target=watch)
+thread.start()
+model = load(folder, quantization_config={{"quant_method": "chatglm", "bits": 4, "quantize_embeddings": True}})
+done = True
+thread.join()
+layer = 2 * max(27392 * 4096, 65024 * 4096)  # the largest weight in float16
+quantized = sum(p.nbytes for p in model.parameters())
+print((peak - before) * 1e9, quantized, layer)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0, run.stderr
+    peak, quantized, layer = (float(number) for number in run.stdout.split())
+    assert quantized < 0.9e9 and peak < quantized + layer + 0.1e9
 
 
 def test_published_int4_checkpoint(checkpoint, write_checkpoint, tmp_path):
     """`quantization_bit` in config.json, int8 weights and scales in a .bin."""
     model = load(checkpoint).quantize(4)
-    folder = write_checkpoint(tmp_path / "int4", {**SMALL, "quantization_bit": 4})
+    folder = write_checkpoint(tmp_path / "int4", {**WIDE, "quantization_bit": 4})
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
     loaded = load(folder)
     assert loaded.quantized
@@ -152,22 +255,69 @@ def test_lora(checkpoint):
     assert all(p.grad is not None for n, p in model.named_parameters() if "lora_" in n)
 
 
-def test_gradient(quantization):
-    """To the input, against the dequantized layer."""
-    linear = torch.nn.Linear(16, 8)
-    quantized = quantization.QuantizedLinear.from_linear(linear, 4)
-    x = torch.randn(3, 16, requires_grad=True)
-    quantized(x).square().sum().backward()
+@pytest.mark.parametrize("group_size", [None, 32])
+def test_gradient(quantization, group_size):
+    """To the input, against the dequantized layer; activations are exact while there are gradients."""
+    quantized = quantization.QuantizedLinear(64, 8, 4, bias=True, group_size=group_size)
+    packed, scale = quantized.quantize(torch.randn(8, 64))
+    quantized.weight.data, quantized.weight_scale.data = packed, scale
+    x = torch.randn(3, 64, requires_grad=True)
+    output = quantized(x)
+    output.square().sum().backward()
     y = x.detach().clone().requires_grad_()
-    quantized.to_linear()(y).square().sum().backward()
-    torch.testing.assert_close(x.grad, y.grad)
+    expected = quantized.dequantize()(y)
+    expected.square().sum().backward()
+    torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(x.grad, y.grad, atol=1e-4, rtol=1e-4)
 
 
-def test_compile(checkpoint):
-    model = load(checkpoint).quantize(4)
+@pytest.mark.parametrize("options", [{}, {"group_size": 32, "quantize_embeddings": True}])
+def test_compile(checkpoint, options):
+    model = load(checkpoint).quantize(4, **options)
+    compiled = torch.compile(model, fullgraph=True)
     with torch.no_grad():
         expected = model(IDS, use_cache=False).logits
-        torch.testing.assert_close(torch.compile(model, fullgraph=True)(IDS, use_cache=False).logits, expected)
+        torch.testing.assert_close(compiled(IDS, use_cache=False).logits, expected, atol=1e-3, rtol=1e-3)
+    embeds = model.get_input_embeddings()(IDS).detach().requires_grad_()
+    compiled(inputs_embeds=embeds, use_cache=False).logits.square().sum().backward()
+    (expected,) = torch.autograd.grad(model(inputs_embeds=embeds, use_cache=False).logits.square().sum(), embeds)
+    torch.testing.assert_close(embeds.grad, expected, atol=1e-3, rtol=1e-3)
+
+
+def test_generation_reuses_the_cache(checkpoint):
+    """Greedy tokens are those of forwards over everything: decoding and prefill quantize activations alike."""
+    model = load(checkpoint).quantize(4)
+    ids = torch.arange(5, 30)[None]
+    output = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, eos_token_id=-1
+    )
+    for length in range(ids.shape[1], output.shape[1]):
+        logits = model(output[:, :length], use_cache=False).logits[0, -1]
+        assert logits[output[0, length]] >= logits.max() - 1e-4
+
+
+# Other libraries' quantization
+
+
+@pytest.mark.parametrize("options", [{"load_in_4bit": True}, {"load_in_8bit": True}], ids=str)
+def test_bitsandbytes(checkpoint, options):
+    pytest.importorskip("bitsandbytes")
+    exact = load(checkpoint)(IDS).logits
+    model = load(checkpoint, quantization_config=BitsAndBytesConfig(**options))
+    layer = model.transformer.encoder.layers[0].mlp.dense_h_to_4h
+    assert type(layer).__module__.startswith("bitsandbytes") and layer.weight.dtype in (torch.uint8, torch.int8)
+    assert (model(IDS).logits - exact).norm() / exact.norm() < 0.5
+
+
+def test_torchao(checkpoint):
+    torchao = pytest.importorskip("torchao.quantization")
+    from transformers import TorchAoConfig
+
+    exact = load(checkpoint)(IDS).logits
+    model = load(checkpoint, quantization_config=TorchAoConfig(torchao.Int8WeightOnlyConfig()))
+    weight = model.transformer.encoder.layers[0].mlp.dense_h_to_4h.weight
+    assert type(weight.data).__module__.startswith("torchao")
+    assert (model(IDS).logits - exact).norm() / exact.norm() < 0.05
 
 
 # Bad input
@@ -181,10 +331,70 @@ def test_other_bits(checkpoint, quantization, bits):
         load(checkpoint).quantize(bits)
 
 
+@pytest.mark.parametrize("group_size", [16, 48, 256, 0, "32"])
+def test_other_group_sizes(checkpoint, group_size):
+    with pytest.raises(ValueError, match="group_size must be one of"):
+        load(checkpoint).quantize(4, group_size=group_size)
+
+
+def test_groups_that_do_not_fit(small_model):
+    model = small_model()
+    before = model.state_dict()
+    with pytest.raises(ValueError, match="dense_4h_to_h cannot be quantized: group_size must divide .* 32 and 48"):
+        model.quantize(4, group_size=32)
+    assert not model.quantized and model.state_dict().keys() == before.keys()
+
+
+def test_unknown_option(checkpoint):
+    with pytest.raises(TypeError, match="group_sise"):
+        load(checkpoint).quantize(4, group_sise=32)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite(quantization, value):
-    with pytest.raises(ValueError, match="NaN or infinity"):
-        quantization.quantize_weight(torch.full((2, 4), value), 8)
+def test_weights_that_are_not_finite(checkpoint, write_checkpoint, tmp_path, value):
+    """Named, and found before anything is changed."""
+    model = load(checkpoint)
+    name = "transformer.encoder.layers.1.mlp.dense_4h_to_h.weight"
+    model.get_parameter(name).data[3, 4] = value
+    with pytest.raises(ValueError, match=f"{name} holds NaN or infinity"):
+        model.quantize(8)
+    assert not model.quantized and not any("scale" in name for name in model.state_dict())
+    folder = write_checkpoint(tmp_path / "damaged", WIDE, model.state_dict())
+    with pytest.raises(Exception, match="holds NaN or infinity|issues during automatic conversion"):
+        load(folder, quantization_config={"quant_method": "chatglm", "bits": 8})
+
+
+def test_shared_embeddings(small_model):
+    with pytest.raises(ValueError, match="tie_word_embeddings"):
+        small_model(tie_word_embeddings=True).quantize(4, quantize_embeddings=True)
+
+
+@pytest.mark.parametrize("calibration", [[], [torch.tensor([1, 2])], [torch.zeros(0, 4, dtype=torch.long)]])
+def test_calibration_without_text(checkpoint, calibration):
+    model = load(checkpoint)
+    with pytest.raises(ValueError, match="calibration must be"):
+        model.quantize(4, calibration=calibration)
+    assert not model.quantized
+
+
+def test_calibration_of_a_prefix(checkpoint):
+    with pytest.raises(ValueError, match="without its P-Tuning prefix"):
+        load(checkpoint, pre_seq_len=3).quantize(4, calibration=[IDS])
+
+
+def test_weights_that_are_not_quantized(checkpoint, write_checkpoint, tmp_path):
+    folder = write_checkpoint(tmp_path / "plain", {**WIDE, "quantization_bit": 4}, load(checkpoint).state_dict())
+    with pytest.raises((ValueError, RuntimeError), match="mismatch|not int8|weight_scale is missing"):
+        load(folder)
+
+
+def test_wrong_packing(checkpoint, write_checkpoint, tmp_path):
+    state_dict = load(checkpoint).quantize(4).state_dict()
+    name = "transformer.encoder.layers.1.mlp.dense_4h_to_h.weight"
+    state_dict[name] = state_dict[name][:, :-1].contiguous()
+    folder = write_checkpoint(tmp_path / "damaged", {**WIDE, "quantization_bit": 4}, state_dict)
+    with pytest.raises(RuntimeError, match="mismatch"):
+        load(folder)
 
 
 @pytest.mark.parametrize("damage", ["missing", "zero", "nan"])
@@ -196,7 +406,7 @@ def test_damaged_scales(checkpoint, write_checkpoint, tmp_path, damage):
     else:
         state_dict[name] = torch.full_like(state_dict[name], 0 if damage == "zero" else float("nan"))
     with pytest.raises(ValueError, match="dense_4h_to_h.weight_scale is missing"):
-        load(write_checkpoint(tmp_path / "damaged", {**SMALL, "quantization_bit": 4}, state_dict))
+        load(write_checkpoint(tmp_path / "damaged", {**WIDE, "quantization_bit": 4}, state_dict))
 
 
 def test_odd_columns(quantization):

@@ -1,0 +1,141 @@
+"""
+What quantization costs: perplexity, and divergence from the model that is not quantized, of the trained tiny checkpoint.
+
+    python -m benchmarks.quantization_quality --corpora ../shared/data/corpora
+
+Measured on the texts that were held out when it was trained; calibrated on others, that it was trained on. All linear
+layers are quantized, embedding and output layer are not. Activations are left as they are. 688 columns of the tiny model
+are no multiple of 32: for groups, they are filled up with zeros, rounded, and cut off again.
+"""
+
+import argparse
+import inspect
+import json
+import math
+import random
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch.nn.functional import pad
+from torch.utils.data import default_collate
+from transformers import AutoModel, AutoTokenizer, BitsAndBytesConfig
+
+from training.train_tiny import PackedDialogues, read_corpora
+
+from .decode import describe_machine
+from .random_checkpoint import ROOT, TINY
+
+
+BLOCKS_AT_ONCE = 8
+
+
+def sample(corpora: dict[str, list], tokenizer, rows: int, blocks: int) -> list[dict[str, torch.Tensor]]:
+    """Returns batches of packed dialogues, `rows` of each corpus at most and `blocks` of 256 tokens in all."""
+    rng = random.Random(0)
+    dialogues = {name: rng.sample(rows_, min(rows, len(rows_))) for name, rows_ in corpora.items()}
+    packed = PackedDialogues(dialogues, tokenizer)
+    chosen = rng.sample(range(len(packed)), min(blocks, len(packed)))
+    return [
+        default_collate([packed[i] for i in chosen[start : start + BLOCKS_AT_ONCE]])
+        for start in range(0, len(chosen), BLOCKS_AT_ONCE)
+    ]
+
+
+@torch.no_grad()
+def log_probabilities(model, batches: list[dict]) -> list[torch.Tensor]:
+    """Returns of each batch the log-probabilities, `[positions, vocabulary]`, wherever there is a token to predict."""
+    result = []
+    for batch in batches:
+        logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+        result.append(logits[:, :-1][batch["labels"][:, 1:] != -100].float().log_softmax(-1))
+    return result
+
+
+def measure(model, batches: list[dict], reference: list[torch.Tensor]) -> dict[str, float]:
+    """Returns the perplexity, and the mean KL divergence from `reference` in nats a token."""
+    loss = divergence = tokens = 0
+    for batch, ours, theirs in zip(batches, log_probabilities(model, batches), reference):
+        labels = batch["labels"][:, 1:]
+        labels = labels[labels != -100]
+        loss -= ours.gather(1, labels[:, None]).sum().item()
+        divergence += (theirs.exp() * (theirs - ours)).sum().item()
+        tokens += len(labels)
+    return {"perplexity": math.exp(loss / tokens), "loss": loss / tokens, "divergence": divergence / tokens}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=TINY)
+    parser.add_argument("--corpora", type=Path, default=ROOT.parent / "shared/data/corpora")
+    parser.add_argument("--calibration", type=int, default=128, help="blocks of 256 tokens to calibrate with")
+    parser.add_argument("--blocks", type=int, default=160, help="blocks of 256 tokens to measure on")
+    parser.add_argument("--output", type=Path, help="JSON file for the figures")
+    args = parser.parse_args()
+
+    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=True)
+    train, held_out = read_corpora(args.corpora)
+    batches = sample(held_out, tokenizer, 200, args.blocks)
+    calibration = [batch["input_ids"] for batch in sample(train, tokenizer, 200, args.calibration)]
+
+    def load(**kwargs):
+        return AutoModel.from_pretrained(args.model, trust_remote_code=True, dtype=torch.float32, **kwargs).eval()
+
+    def ours(bits: int, **options):
+        return lambda: load().quantize(bits, exact_activations=True, **options)
+
+    def groups(group_size: int):
+        def round_weights():
+            model = load()
+            formats = sys.modules[inspect.getmodule(type(model)).quantize.__module__]
+            for name in formats.empty_layers(model, formats.ChatGLMQuantizationConfig()):
+                weight = model.get_submodule(name).weight.data
+                columns = weight.shape[1]
+                filled = pad(weight, (0, -columns % group_size))
+                packed, scale = formats.quantize_weight(filled, 4, group_size, scale_search=True)
+                weight.copy_(formats.dequantize_weight(packed, scale, 4)[:, :columns])
+            return model
+
+        return round_weights
+
+    ways = {
+        "INT8, published rule": ours(8),
+        "INT4, published rule": ours(4),
+        "INT4, searched scales": ours(4, scale_search=True),
+        "INT4, calibrated": ours(4, calibration=calibration),
+        "INT4, groups of 128, searched": groups(128),
+        "INT4, groups of 32, searched": groups(32),
+    }
+    try:
+        import bitsandbytes  # noqa: F401
+
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+        ways["bitsandbytes nf4 (groups of 64)"] = lambda: load(quantization_config=config)
+    except ImportError:
+        print("bitsandbytes is not installed: nf4 is left out.", file=sys.stderr)
+
+    model = load()
+    reference = log_probabilities(model, batches)
+    exact = measure(model, batches, reference)
+    results = {"not quantized": exact}
+    print("| | perplexity | loss added, of the published rule's | divergence | of the published rule's |")
+    print("|---|---|---|---|---|")
+    print(f"| not quantized | {exact['perplexity']:.2f} | | | |")
+    for name, way in ways.items():
+        start = time.perf_counter()
+        model = way()
+        seconds = time.perf_counter() - start
+        results[name] = {**measure(model, batches, reference), "seconds_to_quantize": seconds}
+        row = results[name]
+        published = results.get("INT4, published rule", row)
+        loss_share = (row["loss"] - exact["loss"]) / (published["loss"] - exact["loss"])
+        row["loss_share"], row["divergence_share"] = loss_share, row["divergence"] / published["divergence"]
+        shares = ("", "") if "INT8" in name else (f"{loss_share:.0%}", f"{row['divergence_share']:.0%}")
+        print(f"| {name} | {row['perplexity']:.2f} | {shares[0]} | {row['divergence']:.4f} | {shares[1]} |", flush=True)
+    if args.output:
+        args.output.write_text(json.dumps({"machine": describe_machine(), "results": results}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
