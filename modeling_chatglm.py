@@ -37,7 +37,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_chatglm import ChatGLMConfig
-from .quantization import QUANT_METHOD, init_scales, quantize
+from .quantization import QUANT_METHOD, init_quantized, quantize
 from .quantization_kernels import chunked_linear
 
 
@@ -75,13 +75,16 @@ def linear(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
     Not a subclass of `nn.Linear`, as other libraries (bitsandbytes) replace layers of that very type alone.
     """
+    # First, as the compiler cannot trace rows_for_float32.
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu"):
+        return layer(x)
     if x.device.type != "cpu" or x.shape[:-1].numel() < rows_for_float32(x.dtype) or type(layer) is not nn.Linear:
         return layer(x)
     weight, bias = layer.weight, layer.bias
     is_plain = type(weight) is nn.Parameter and type(x) is torch.Tensor and weight.dtype == x.dtype
     is_hooked = layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)  # accelerate's, say
     needs_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    if not is_plain or is_hooked or needs_gradient or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if not is_plain or is_hooked or needs_gradient:
         return layer(x)
     output = chunked_linear(x.reshape(-1, x.shape[-1]), len(weight), lambda rows: weight[rows].float(), bias)
     return output.view(*x.shape[:-1], len(weight))
@@ -322,7 +325,8 @@ class SelfAttention(nn.Module):
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        if query.shape[2] == 1 and self.config._attn_implementation == "sdpa":
+        has_one_mask = attention_mask is None or attention_mask.shape[1] == 1  # for all heads
+        if query.shape[2] == 1 and has_one_mask and self.config._attn_implementation == "sdpa":
             attention_interface = sdpa_one_token_forward
         output, weights = attention_interface(
             self,
@@ -518,6 +522,14 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
             quantize(self, bits, calibration, **options)
         return self if device is None else self.to(device)
 
+    def resize_token_embeddings(self, *args, **kwargs):
+        """The library's method. INT8 embeddings cannot be resized."""
+        if hasattr(self.get_input_embeddings(), "weight_scale"):
+            raise ValueError(
+                "The embeddings are in INT8 and cannot be resized: dequantize() first, or resize and then quantize."
+            )
+        return super().resize_token_embeddings(*args, **kwargs)
+
     # The library refuses to cast quantized models. Here scales and activations follow, and packed weights stay.
 
     def half(self):
@@ -529,7 +541,7 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module):
         prefix_encoder = getattr(self.base_model, "prefix_encoder", None)
         if hasattr(module, "weight_scale"):  # a quantized layer, perhaps of another copy of the module
-            init_scales(module)
+            init_quantized(module)
         elif prefix_encoder is not None and any(module is part for part in prefix_encoder.modules()):
             # torch's own initialization, as published: the recipes' learning rates are made for it.
             if isinstance(module, nn.Embedding):
@@ -700,6 +712,8 @@ class GrowingLayer(DynamicLayer):
     """
     The cache of a layer that grows as needed, with room to spare: a step of decoding copies the new token into it, where
     the library's layer copies all of the cache.
+
+    What `keys` and `values` were before `crop` is overwritten by what comes next: clone them to keep them.
     """
 
     _buffers: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -719,6 +733,8 @@ class GrowingLayer(DynamicLayer):
 
 def fits(cached: torch.Tensor, buffer: torch.Tensor, new: torch.Tensor) -> bool:
     """Whether `cached` still is the beginning of `buffer`, rather than replaced by a copy, and there is room for `new`."""
+    if buffer.is_inference() and not torch.is_inference_mode_enabled():
+        return False  # torch forbids to write to it
     is_beginning = cached.data_ptr() == buffer.data_ptr() and cached.stride() == buffer.stride()
     return is_beginning and buffer.shape[0] == new.shape[0] and cached.shape[2] + new.shape[2] <= buffer.shape[2]
 
@@ -1012,8 +1028,11 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
                 "for tokens of the prompt. Pass the whole prompt without past_key_values."
             )
         max_cache_length += self.config.pre_seq_len or 0
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, mode, batch_size, max_cache_length)
+        result = super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, mode, batch_size, max_cache_length
+        )
         let_grow(model_kwargs.get("past_key_values"))
+        return result
 
     def generate_batch(self, *args, **kwargs):
         """The library's continuous batching. Its paged cache has no place for a P-Tuning prefix."""

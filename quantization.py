@@ -100,10 +100,12 @@ def quantize_weight(
         `weight`.
 
     Raises:
-        ValueError: if the weight is not finite.
+        ValueError: if the weight is not finite, or its columns cannot be grouped or packed.
     """
     check_finite("The weight", weight)
     out, columns = weight.shape
+    if columns % (group_size or {4: 2, 8: 1}[bits]):
+        raise ValueError(f"{columns} columns are no multiple of {group_size or 2}.")
     packed = torch.empty(out, columns // 2 if bits == 4 else columns, dtype=torch.int8, device=weight.device)
     groups = () if group_size is None else (columns // group_size,)
     scales = torch.empty(out, *groups, dtype=weight.dtype, device=weight.device)
@@ -178,6 +180,11 @@ def new_parameter(tensor: torch.Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
 
 
+def check_group_size(group_size: int | None):
+    if group_size is not None and (type(group_size) is not int or group_size not in GROUP_SIZES):
+        raise ValueError(f"group_size must be one of {GROUP_SIZES}, or None for a scale a row, got {group_size!r}.")
+
+
 class QuantizedLinear(nn.Linear):
     """
     A linear layer with a quantized, frozen weight. It is an `nn.Linear`, so that PEFT finds it.
@@ -206,6 +213,7 @@ class QuantizedLinear(nn.Linear):
     ):
         if bits == 4 and in_features % 2:
             raise ValueError(f"INT4 packs pairs of columns: in_features must be even, got {in_features}.")
+        check_group_size(group_size)
         if group_size is not None and in_features % group_size:
             raise ValueError(f"group_size must divide in_features, got {group_size} and {in_features}.")
         nn.Module.__init__(self)
@@ -231,7 +239,7 @@ class QuantizedLinear(nn.Linear):
     def dequantize(self) -> nn.Linear:
         new = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         new.weight = nn.Parameter(dequantize_weight(self.weight, self.weight_scale, self.bits))
-        new.bias = self.bias
+        new.bias = None if self.bias is None else nn.Parameter(self.bias.detach())
         return new
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -298,8 +306,13 @@ def empty_layers(model: nn.Module, config: "ChatGLMQuantizationConfig") -> dict[
             bits = 8
         else:
             continue
-        if any(skipped in name for skipped in config.modules_to_not_convert or ()):
+        if any(f".{skipped}." in f".{name}." for skipped in config.modules_to_not_convert or ()):
             continue
+        if type(module) not in (nn.Linear, nn.Embedding):
+            raise ValueError(
+                f"{name} is a {type(module).__name__}: the model has adapters or is quantized already. Merge them, or start "
+                "from the model as it was."
+            )
         kind = QuantizedEmbedding if isinstance(module, nn.Embedding) else QuantizedLinear
         try:
             layers[name] = kind.empty(module, config, bits)
@@ -317,7 +330,8 @@ class ChatGLMQuantizationConfig(QuantizationConfigMixin):
 
     Args:
         bits (`int`): 4 or 8.
-        modules_to_not_convert (`list[str]`, *optional*): Parts of names of layers to leave as they are.
+        modules_to_not_convert (`list[str]`, *optional*): Layers to leave as they are, by their names or whole parts of
+            them: `layers.1` does not mean `layers.10`.
         group_size (`int`, *optional*): 32, 64 or 128 columns share a scale, for better quality. By default a whole row
             does, as published, which other programs can read.
         quantize_embeddings (`bool`): Whether to store embedding and output layer in INT8: a fifth of an INT4 model.
@@ -343,10 +357,11 @@ class ChatGLMQuantizationConfig(QuantizationConfigMixin):
     ):
         if kwargs:
             raise TypeError(f"Unknown options for quantization: {', '.join(kwargs)}.")
-        if bits not in (4, 8):
+        if type(bits) is not int or bits not in (4, 8):
             raise ValueError(f"bits must be 4 or 8, got {bits!r}.")
-        if group_size is not None and group_size not in GROUP_SIZES:
-            raise ValueError(f"group_size must be one of {GROUP_SIZES}, or None for a scale a row, got {group_size!r}.")
+        check_group_size(group_size)
+        if isinstance(modules_to_not_convert, str):
+            raise ValueError(f"modules_to_not_convert must be a list of names, got {modules_to_not_convert!r}.")
         self.quant_method = QUANT_METHOD
         self.bits = bits
         self.modules_to_not_convert = modules_to_not_convert
@@ -385,6 +400,14 @@ class ChatGLMQuantizer(HfQuantizer):
     def is_serializable(self, *args, **kwargs) -> bool:
         return True
 
+    def validate_environment(self, device_map=None, **kwargs):
+        if not self.pre_quantized and isinstance(device_map, dict) and "disk" in device_map.values():
+            # The library would offload the file's weights, as they were before they were quantized.
+            raise ValueError(
+                "Weights cannot be quantized while they are offloaded to disk. Quantize and save the model first "
+                "(save_pretrained), then load that with this device_map."
+            )
+
     def _process_model_before_weight_loading(self, model, **kwargs):
         for name, layer in empty_layers(model, self.quantization_config).items():
             if not self.pre_quantized:
@@ -407,6 +430,11 @@ class ChatGLMQuantizer(HfQuantizer):
         model.config.quantization_bit = self.quantization_config.bits
         return model
 
+    def dequantize(self, model, dtype=None):
+        """The library's method. Without a dtype the model keeps the one that it has, rather than its checkpoint's."""
+        model = super().dequantize(model)
+        return model if dtype is None else model.to(dtype)
+
     def _dequantize(self, model, dtype=None):
         for name, module in list(model.named_modules()):
             if is_quantized(module):
@@ -415,24 +443,30 @@ class ChatGLMQuantizer(HfQuantizer):
         return model
 
 
-def init_scales(layer: QuantizedLinear):
-    """Marks scales that the checkpoint lacks, for `check_state` to find; called by the library, after loading."""
+def init_quantized(layer: nn.Module):
+    """Marks what the checkpoint lacks, for `check_state` to find; called by the library, after loading."""
     init.constant_(layer.weight_scale, float("nan"))
+    if not getattr(layer.weight, "_is_hf_initialized", False):
+        layer.weight_scale.data.fill_(float("nan"))
+    if getattr(layer, "bias", None) is not None:
+        init.zeros_(layer.bias)
 
 
 def check_state(name: str, layer: nn.Module):
     """Raises `ValueError` if what was loaded into a layer cannot be right."""
-    scale = layer.weight_scale
-    if scale.device.type == "meta":
+    weight, scale = layer.weight, layer.weight_scale
+    if scale.device.type == "meta" or weight.device.type == "meta":
         return
-    if layer.weight.dtype != torch.int8:
+    if weight.dtype != torch.int8:
         raise ValueError(
-            f"{name}.weight is {layer.weight.dtype}, not int8: the checkpoint is not quantized, though its config.json says "
-            "so. Take quantization_bit and quantization_config out of it, or download the weights again."
+            f"{name}.weight is {weight.dtype}, not int8: the checkpoint is not quantized, though its config.json says so. "
+            "Take quantization_bit and quantization_config out of it, or download the weights again."
         )
-    if not (torch.isfinite(scale).all() and (scale != 0).any()):
+    # A scale is zero where all of its weights are.
+    if not torch.isfinite(scale).all() or weight.view(*scale.shape, -1)[scale == 0].any():
         raise ValueError(
-            f"{name}.weight_scale is missing from the checkpoint, zero, NaN or infinite. Download the weights again."
+            f"{name}.weight or {name}.weight_scale is missing from the checkpoint, or the scale is zero, NaN or infinite. "
+            "Download the weights again."
         )
 
 
@@ -458,7 +492,16 @@ def quantize(
     for name in layers:
         check_finite(f"{name}.weight", model.get_submodule(name).weight)
     if calibration is not None:
-        quantize_calibrated(model, layers, calibration)
+        originals = {name: model.get_submodule(name) for name in layers}
+        was_training = model.training
+        try:
+            quantize_calibrated(model.eval(), layers, calibration)
+        except BaseException:
+            for name, original in originals.items():
+                model.set_submodule(name, original)
+            raise
+        finally:
+            model.train(was_training)
     for name, layer in layers.items():
         if not is_quantized(old := model.get_submodule(name)):
             replace_layer(model, name, layer, *layer.quantize(old.weight.detach(), config.scale_search))
@@ -472,8 +515,8 @@ def quantize(
 
 def replace_layer(model: nn.Module, name: str, layer: nn.Module, weight: torch.Tensor, scale: torch.Tensor):
     layer.weight, layer.weight_scale = new_parameter(weight), new_parameter(scale)
-    if isinstance(layer, QuantizedLinear):
-        layer.bias = model.get_submodule(name).bias
+    if getattr(model.get_submodule(name), "bias", None) is not None:
+        layer.bias = new_parameter(model.get_submodule(name).bias.detach())
     model.set_submodule(name, layer)
 
 
@@ -522,8 +565,6 @@ def quantize_calibrated(model: nn.Module, layers: dict[str, nn.Module], calibrat
         raise ValueError(
             "Calibrate the model without its P-Tuning prefix (pre_seq_len): the prefix loads on top of it."
         )
-    was_training = model.training
-    model.eval()
     base = model.base_model
     calls = list(layer_inputs(base, base.encoder.layers[0], calls))
     original_calls = calls
@@ -543,6 +584,8 @@ def quantize_calibrated(model: nn.Module, layers: dict[str, nn.Module], calibrat
                 x = args[0].flatten(0, -2).float()
                 hessian.addmm_(x.T, x)
                 shift.addmm_((original.float() - x).T, x)
+            if not torch.isfinite(hessian).all():
+                raise ValueError(f"The inputs of {name} are NaN, infinite or too large: it cannot be calibrated.")
             # The paper's damping; and columns that no input uses
             hessian.diagonal().add_(0.01 * hessian.diagonal().mean() + 1e-6)
             weight = linear.weight.float()
@@ -551,7 +594,6 @@ def quantize_calibrated(model: nn.Module, layers: dict[str, nn.Module], calibrat
             quantized = quantize_compensated(weight.to(linear.weight.dtype), hessian, layer.bits, layer.group_size)
             replace_layer(model, name, layer, *quantized)
         calls = [((block(*args, **kwargs),), kwargs) for args, kwargs in calls]
-    model.train(was_training)
 
 
 # Assigned rather than registered: each folder that code is loaded from has its own copy of this module.

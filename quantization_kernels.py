@@ -78,9 +78,10 @@ def chunked_linear(x: torch.Tensor, out_features: int, rows_as_float, bias: torc
     """
     output = torch.empty(x.shape[0], out_features, dtype=x.dtype, device=x.device)
     x = x.float()
-    for start in range(0, out_features, CHUNK_ROWS):
-        rows = slice(start, start + CHUNK_ROWS)
-        output[:, rows] = nn.functional.linear(x, rows_as_float(rows), None if bias is None else bias[rows].float())
+    with torch.autocast("cpu", enabled=False):
+        for start in range(0, out_features, CHUNK_ROWS):
+            rows = slice(start, start + CHUNK_ROWS)
+            output[:, rows] = nn.functional.linear(x, rows_as_float(rows), None if bias is None else bias[rows].float())
     return output
 
 
@@ -124,6 +125,9 @@ CPP_SOURCE = r"""
 #if defined(__AVX2__) && !defined(CHATGLM_SCALAR)
 #include <immintrin.h>
 #endif
+#if defined(_OPENMP)
+extern "C" int omp_get_thread_num(void);  // macOS has no omp.h
+#endif
 
 namespace {
 
@@ -154,10 +158,10 @@ struct Problem {
     for (int64_t i = 0; i < groups; i++) {
       uint32_t half = ((const uint16_t *)scale)[begin + i];
       uint32_t word = half << 16;
-      // A half's exponent and mantissa, read as a float's, are too small by 2^112. Scales are finite.
-      if (scale_type == FLOAT16) word = (half & 0x7fff) << 13;
+      if (scale_type == FLOAT16) word = ((half & 0x8000) << 16) + ((half & 0x7fff) << 13) + (112 << 23);
       memcpy(to + i, &word, sizeof(float));
-      if (scale_type == FLOAT16) to[i] *= half & 0x8000 ? -0x1p112f : 0x1p112f;
+      // Subnormal; scales are finite, so there is no other special case.
+      if (scale_type == FLOAT16 && !(half & 0x7c00)) to[i] = (half & 0x8000 ? -0x1p-24f : 0x1p-24f) * (half & 0x3ff);
     }
   }
 };
@@ -173,6 +177,20 @@ struct Buffer {
   ~Buffer() { free(data); }
   Buffer(const Buffer &) = delete;
   operator T *() const { return data; }
+};
+
+// A part for each thread. Allocated before they start: what one of them throws would end the process.
+template <class T>
+struct Scratch : Buffer<T> {
+  int64_t size;
+  Scratch(int threads, int64_t n) : Buffer<T>(threads * round_up(n, 64)), size(round_up(n, 64)) {}
+  T *mine() const {
+#if defined(_OPENMP)
+    return this->data + omp_get_thread_num() * size;
+#else
+    return this->data;
+#endif
+  }
 };
 
 // Quantizes a row; scale[i] is that of columns [i * BLOCK, (i + 1) * BLOCK). NaN and infinity make the scale NaN.
@@ -208,10 +226,12 @@ void unpack_row(const int8_t *weight, int64_t columns, int8_t *to) {
 // Exact activations, few rows: each row of the weight is unpacked, and multiplied in float32.
 template <int bits>
 void exact_linear(const Problem &p) {
+  const Scratch<int8_t> quantized_scratch(p.threads, p.in);
+  const Scratch<float> weight_scratch(p.threads, p.in), scale_scratch(p.threads, p.groups);
 #pragma omp parallel num_threads(p.threads)
   {
-    Buffer<int8_t> quantized(p.in);
-    Buffer<float> weight(p.in), scale(p.groups);
+    int8_t *quantized = quantized_scratch.mine();
+    float *weight = weight_scratch.mine(), *scale = scale_scratch.mine();
 #pragma omp for schedule(dynamic, 64)
     for (int64_t n = 0; n < p.out; n++) {
       unpack_row<bits>(p.weight + n * p.row_bytes(), p.in, quantized);
@@ -401,10 +421,11 @@ struct FewRowsLinear {
       arrange(natural, block_scale, vectors, q + m * padded, lane_scale + m * lanes, start + m * lanes);
       x[m] = {q + m * padded, lane_scale + m * lanes, start + m * lanes};
     }
+    const int64_t scales = p.groups + LANES;  // `pick` reads a whole vector
+    const Scratch<float> scale_scratch(p.threads, WEIGHT_ROWS * scales);
 #pragma omp parallel num_threads(p.threads)
     {
-      const int64_t scales = p.groups + LANES;  // `pick` reads a whole vector
-      Buffer<float> scale(WEIGHT_ROWS * scales);
+      float *scale = scale_scratch.mine();
       memset(scale, 0, WEIGHT_ROWS * scales * sizeof(float));
 #pragma omp for schedule(dynamic, 16)
       for (int64_t n = 0; n < p.out; n += WEIGHT_ROWS) {
@@ -551,13 +572,16 @@ struct ManyRowsLinear {
     Buffer<int32_t> start(rows * blocks);
     const Activations x = {q, x_scale, start, columns, blocks};
     const int64_t groups_in_depth = grouped ? DEPTH / p.group_size() : 1;
+    const Scratch<uint8_t> panel_scratch(p.threads, PANEL * DEPTH);
+    const Scratch<float> sum_scratch(p.threads, rows * PANEL), scale_scratch(p.threads, PANEL * p.groups);
+    const Scratch<float> panel_scale_scratch(p.threads, PANEL * groups_in_depth);
 #pragma omp parallel num_threads(p.threads)
     {
 #pragma omp for schedule(static)
       for (int64_t m = 0; m < rows; m++) quantize(p, m, x);
 
-      Buffer<uint8_t> panel(PANEL * DEPTH);
-      Buffer<float> sum(rows * PANEL), scale(PANEL * p.groups), panel_scale(PANEL * groups_in_depth);
+      uint8_t *panel = panel_scratch.mine();
+      float *sum = sum_scratch.mine(), *scale = scale_scratch.mine(), *panel_scale = panel_scale_scratch.mine();
 #pragma omp for schedule(dynamic, 1)
       for (int64_t n = 0; n < p.out; n += PANEL) {
         const int64_t count = std::min(PANEL, p.out - n);
@@ -599,13 +623,15 @@ void linear(const Problem &p) {
   const int64_t blocks = (p.in + BLOCK - 1) / BLOCK;
   Buffer<int8_t> x(p.rows * p.in);
   Buffer<float> x_scale(p.rows * blocks);
+  const Scratch<int8_t> weight_scratch(p.threads, p.in);
+  const Scratch<float> scale_scratch(p.threads, p.groups);
 #pragma omp parallel num_threads(p.threads)
   {
 #pragma omp for schedule(static)
     for (int64_t m = 0; m < p.rows; m++) quantize_row(p.x + m * p.in, p.in, x + m * p.in, x_scale + m * blocks);
 
-    Buffer<int8_t> weight(p.in);
-    Buffer<float> scale(p.groups);
+    int8_t *weight = weight_scratch.mine();
+    float *scale = scale_scratch.mine();
 #pragma omp for schedule(dynamic, 64)
     for (int64_t n = 0; n < p.out; n++) {
       unpack_row<bits>(p.weight + n * p.row_bytes(), p.in, weight);
@@ -660,7 +686,7 @@ def find_compiler() -> list[str] | None:
 
 def compiler_flags() -> list[str]:
     flags = ["-O3", "-std=c++17", "-shared", "-fPIC"]
-    # OpenMP is torch's own, which is loaded already: two runtimes would fight for the cores.
+    # By g++ and on macOS, OpenMP is the one that torch has loaded: two would fight for the cores.
     if platform.system() == "Darwin":
         library_path = Path(torch.__file__).parent / "lib"
         flags += ["-Xclang", "-fopenmp", f"-L{library_path}", "-lomp", f"-Wl,-rpath,{library_path}"]
@@ -683,46 +709,38 @@ def run_compiler(command: list[str]):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
     try:
         output, _ = process.communicate(timeout=COMPILE_SECONDS)
-    except subprocess.TimeoutExpired:
+    except BaseException as error:  # Ctrl-C too
         os.killpg(process.pid, signal.SIGKILL)  # the compiler proper is a child of the command
         process.communicate()
-        raise OSError(f"{command[0]} did not end within {COMPILE_SECONDS} s") from None
+        if isinstance(error, subprocess.TimeoutExpired):
+            raise OSError(f"{command[0]} did not end within {COMPILE_SECONDS} s") from None
+        raise
     if process.returncode:
         raise OSError(f"{command[0]} failed with {process.returncode}:\n{output.decode(errors='replace')[-2000:]}")
 
 
-def compile_library(compiler: list[str], folder: Path) -> ctypes.CDLL:
-    """
-    Compiles `CPP_SOURCE` into `folder`, unless it is there already, and loads it.
-
-    Processes that start together wait for the first one. The library gets its name when it is whole.
-    """
-    command = [*compiler, *compiler_flags()]
-    key = "\n".join([CPP_SOURCE, *command, platform.machine(), cpu_features()])
-    path = folder / f"chatglm_linear-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-    with FileLock(f"{path}.lock", timeout=2 * COMPILE_SECONDS):
-        if path.exists():
-            try:
-                return ctypes.CDLL(str(path))
-            except OSError:
-                logger.warning(f"{path} is damaged, and compiled again.")
-        with tempfile.TemporaryDirectory(dir=folder) as build:
-            source, library = Path(build, "chatglm_linear.cpp"), Path(build, path.name)
-            source.write_text(CPP_SOURCE)
-            run_compiler([*command, str(source), "-o", str(library)])
-            os.replace(library, path)
-        return ctypes.CDLL(str(path))
-
-
-@functools.cache
-def cpu_library() -> ctypes.CDLL | None:
-    """Returns the compiled library; or None, with a warning once, if it cannot be had."""
-    slow = "INT4 and INT8 weights are multiplied by plain torch, several times slower."
+def compile_library(path: Path):
+    """Compiles `CPP_SOURCE` into `path`, which exists only once it is whole."""
     compiler = find_compiler()
-    if compiler is None or os.name != "posix":
-        logger.warning(f"There is no C++ compiler: {slow} Install g++ or clang++, or name another one by CXX.")
-        return None
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "chatglm2")
+    if compiler is None:
+        raise OSError("There is no C++ compiler. Install g++ or clang++, or name another one by CXX.")
+    with tempfile.TemporaryDirectory(dir=path.parent) as build:
+        source, library = Path(build, "chatglm_linear.cpp"), Path(build, path.name)
+        source.write_text(CPP_SOURCE)
+        run_compiler([*compiler, *compiler_flags(), str(source), "-o", str(library)])
+        os.replace(library, path)
+
+
+def load_library(folder: Path) -> ctypes.CDLL:
+    """Loads the library from `folder`, compiled if it is not there yet. Processes that start together wait for one."""
+    key = "\n".join([CPP_SOURCE, *compiler_flags(), platform.machine(), cpu_features()])
+    path = folder / f"chatglm_linear-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    if path.exists():
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError:
+            logger.warning(f"{path} is damaged, and compiled again.")
+            path.unlink()
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -731,19 +749,37 @@ def cpu_library() -> ctypes.CDLL | None:
             f"{folder} cannot be written to ({error.strerror}): each process compiles its own kernels. Set XDG_CACHE_HOME "
             "to a folder that can."
         )
-        folder = None
+        with tempfile.TemporaryDirectory() as private:
+            compile_library(Path(private, path.name))
+            return ctypes.CDLL(str(Path(private, path.name)))
+    with FileLock(f"{path}.lock", timeout=2 * COMPILE_SECONDS):
+        if not path.exists():
+            compile_library(path)
+    return ctypes.CDLL(str(path))
+
+
+@functools.cache
+def cpu_library() -> ctypes.CDLL | None:
+    """Returns the compiled library; or None, with a warning once, if it cannot be had."""
     try:
-        if folder is not None:
-            library = compile_library(compiler, folder)
-        else:
-            with tempfile.TemporaryDirectory() as private:
-                library = compile_library(compiler, Path(private))
-    except (OSError, Timeout) as error:
-        logger.warning(f"The kernels for the CPU could not be compiled: {slow} {error}")
+        if os.name != "posix":
+            raise OSError(f"The kernels are made for Linux and macOS, not for {platform.system()}.")
+        library = load_library(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "chatglm2"))
+        pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+        library.chatglm_linear.argtypes = [pointer] * 3 + [number, pointer] + [size] * 4 + [number] * 3
+        return library
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+        AttributeError,
+        Timeout,
+    ) as error:  # no home, CXX of unbalanced quotes, ...
+        logger.warning(
+            "There are no kernels for the CPU: INT4 and INT8 weights are multiplied by plain torch, several times slower. "
+            f"{error}"
+        )
         return None
-    pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    library.chatglm_linear.argtypes = [pointer] * 3 + [number, pointer] + [size] * 4 + [number] * 3
-    return library
 
 
 def cpu_linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int, exact: bool) -> torch.Tensor:
@@ -852,14 +888,17 @@ def triton_linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bi
     shape = dict(BITS=bits, GROUPS=groups, GROUP_SIZE=columns // groups)
     y = torch.empty(rows, out, dtype=x.dtype, device=x.device)
     if rows == 1:
-        gemv_kernel[(triton.cdiv(out, 4),)](x, weight, scale, y, out, columns, **shape, BLOCK_N=4, BLOCK_K=512)
+        grid = (triton.cdiv(out, 4),)
+        with torch.cuda.device_of(x):
+            gemv_kernel[grid](x, weight, scale, y, out, columns, **shape, BLOCK_N=4, BLOCK_K=512)
         return y
     block_m, block_n = (16, 32) if rows <= FEW_ROWS else (64, 128)
     block_k = 64 if groups == 1 else min(64, columns // groups * bits // 8)
     grid = (triton.cdiv(rows, block_m), triton.cdiv(out, block_n))
-    gemm_kernel[grid](
-        x, weight, scale, y, rows, out, columns, **shape, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k
-    )
+    with torch.cuda.device_of(x):
+        gemm_kernel[grid](
+            x, weight, scale, y, rows, out, columns, **shape, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k
+        )
     return y
 
 
@@ -881,10 +920,22 @@ def quantized_linear(
 
     Returns:
         `[..., out]`, in the dtype of `x`.
+
+    Raises:
+        ValueError: if the shapes or dtypes do not fit.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) not in (torch.Tensor, nn.Parameter):
         return quantized_linear_op(x, weight, scale, bits, exact)
-    if x.device.type == "cpu" and x.numel() > 0:
+    if weight.dtype != torch.int8 or x.shape[-1] * bits != 8 * weight.shape[1] or not x.is_floating_point():
+        raise ValueError(
+            f"Cannot multiply {x.dtype} {list(x.shape)} with a weight of {bits} bits in {weight.dtype} {list(weight.shape)}."
+        )
+    return multiply(x, weight, scale, bits, exact)
+
+
+def multiply(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int, exact: bool) -> torch.Tensor:
+    """`quantized_linear`, of tensors that are what they seem."""
+    if x.device.type == weight.device.type == "cpu" and x.numel() > 0:
         return cpu_linear(x, weight, scale, bits, exact)
     rows = x.reshape(-1, x.shape[-1])
     if x.device.type == "cuda" and triton is not None and x.numel() > 0:
@@ -902,7 +953,7 @@ _namespace = "chatglm_" + hashlib.sha256(__name__.encode()).hexdigest()[:16]
 def quantized_linear_op(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int, exact: bool
 ) -> torch.Tensor:
-    return quantized_linear(x, weight, scale, bits, exact)
+    return multiply(x, weight, scale, bits, exact)
 
 
 @quantized_linear_op.register_fake

@@ -696,6 +696,31 @@ def test_steps_do_not_copy_the_cache(small_model):
     assert own.get_seq_length() == 7
 
 
+def test_cache_out_of_inference_mode(small_model):
+    model = small_model()
+    ids = random_ids(model, 1, 5)
+    with torch.inference_mode():
+        cache = model(ids, use_cache=True).past_key_values
+        model(ids[:, :1], past_key_values=cache)
+    with torch.no_grad():
+        logits = model(ids[:, :1], past_key_values=cache).logits
+        close(logits, model(torch.cat((ids, ids[:, :1], ids[:, :1]), 1)).logits[:, -1:])
+
+
+def test_one_token_with_a_mask_for_each_head(small_model):
+    model = small_model()
+    ids = random_ids(model, 1, 3)
+    mask = torch.zeros(1, 4, 1, 3)
+    mask[0, 1, 0, 0] = -torch.inf
+    outputs = {}
+    for implementation in ("eager", "sdpa"):
+        model.set_attn_implementation(implementation)
+        with torch.no_grad():
+            cache = model(ids[:, :2], use_cache=True).past_key_values
+            outputs[implementation] = model(ids[:, 2:], attention_mask=mask, past_key_values=cache).logits
+    close(outputs["sdpa"], outputs["eager"])
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_one_token_attends_as_eager(small_model, masked):
     """sdpa folds the heads of a group into one product for a single token."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 
 IS_X86 = platform.machine() in ("x86_64", "AMD64")
@@ -156,6 +157,45 @@ def test_one_openmp(kernels):
     assert len({file for file in files if "sentencepiece" not in file}) == 1
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_wrong_arguments(kernels, bits):
+    """C++ reads what it is told to: shapes and dtypes are checked before."""
+    x, weight, scale, _ = random_case(kernels, bits, 64, 256)
+    for wrong in ((x[:, :-2], weight), (torch.cat((x, x), 1), weight), (x, weight.float()), (x.long(), weight)):
+        with pytest.raises(ValueError, match="Cannot multiply"):
+            kernels.quantized_linear(*wrong, scale, bits)
+    on_meta = kernels.quantized_linear(x.to("meta"), weight.to("meta"), scale.to("meta"), bits)
+    assert on_meta.shape == (3, 64) and on_meta.is_meta
+    with FakeTensorMode() as mode:
+        fake = kernels.quantized_linear(*(mode.from_tensor(t) for t in (x, weight, scale)), bits)
+    assert fake.shape == (3, 64)
+
+
+def test_trace(kernels):
+    x, weight, scale, _ = random_case(kernels, 4, 64, 256)
+    traced = torch.jit.trace(lambda x: kernels.quantized_linear(x, weight, scale, 4), x)
+    assert torch.equal(traced(2 * x), kernels.quantized_linear(2 * x, weight, scale, 4))
+
+
+def test_subnormal_scales(kernels):
+    """Of float16, also where torch flushes float32's subnormal numbers to zero."""
+    scale = torch.tensor([3e-5, -6e-8, 1e-3, 0.0], dtype=torch.float16)
+    weight = torch.ones(4, 64, dtype=torch.int8)
+    torch.set_flush_denormal(True)
+    try:
+        y = kernels.quantized_linear(torch.ones(1, 64), weight, scale, 8, exact=True)
+    finally:
+        torch.set_flush_denormal(False)
+    torch.testing.assert_close(y[0], 64 * scale.float())
+
+
+def test_exact_under_autocast(kernels):
+    x, weight, scale, exact = random_case(kernels, 4, 64, 256, rows=20)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = kernels.quantized_linear(x, weight, scale, 4, exact=True)
+    assert ((y.double() - x.double() @ exact.T).abs() <= 1e-5 * float_bound(x, exact)).all()
+
+
 # Compiling
 
 
@@ -198,6 +238,15 @@ def test_processes_that_start_together(kernels, cache):
     assert len(list(cache.glob("*.so"))) == 1
 
 
+def test_compiled_elsewhere(fresh, cache, monkeypatch):
+    """A library that is there, in a container image for instance, needs no compiler and no folder to write to."""
+    assert fresh.cpu_library() is not None
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(fresh.tempfile, "TemporaryFile", None)
+    fresh.cpu_library.cache_clear()
+    assert fresh.cpu_library() is not None
+
+
 def assert_falls_back(kernels, logs, message: str):
     x, weight, scale, exact = random_case(kernels, 4, 64, 256)
     for _ in range(2):
@@ -212,12 +261,17 @@ def test_no_compiler(fresh, cache, monkeypatch, logs):
     assert_falls_back(fresh, logs, "There is no C++ compiler")
 
 
+def test_compiler_that_is_no_command(fresh, cache, monkeypatch, logs):
+    monkeypatch.setenv("CXX", "g++ '")
+    assert_falls_back(fresh, logs, "No closing quotation")
+
+
 def test_compiler_that_fails(fresh, cache, monkeypatch, logs, tmp_path):
     compiler = tmp_path / "compiler"
     compiler.write_text("#!/bin/sh\necho out of cheese >&2\nkill -SEGV $$\n")
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
-    assert_falls_back(fresh, logs, "could not be compiled")
+    assert_falls_back(fresh, logs, "There are no kernels for the CPU")
     assert "out of cheese" in logs.text and not list(cache.glob("*.so"))
 
 
