@@ -74,6 +74,7 @@ class LlamaCpp:
             n_ubatch=512,
             verbose=False,
         )
+        self.run(list(range(100, 116)), 4)
 
     def run(self, prompt: list[int], tokens: int) -> tuple[float, float]:
         self.model.reset()  # forgets the cache

@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -37,12 +38,10 @@ def write_checkpoint(folder: Path, layers: int = 28, bits: int | None = None, dt
     with torch.device("meta"):
         model = AutoModel.from_config(model_config, trust_remote_code=True, dtype=dtype)
         if bits is not None:
-            import sys
-
-            quantize = sys.modules[inspect.getmodule(type(model)).quantize.__module__]
+            formats = sys.modules[inspect.getmodule(type(model)).quantize.__module__]
             config["quantization_config"] = {"quant_method": "chatglm", "bits": bits, **quantization}
-            options = quantize.ChatGLMQuantizationConfig(bits=bits, **quantization)
-            for name, layer in quantize.empty_layers(model, options).items():
+            options = formats.ChatGLMQuantizationConfig(bits=bits, **quantization)
+            for name, layer in formats.empty_layers(model, options).items():
                 model.set_submodule(name, layer)
     config_path.write_text(json.dumps(config))
 

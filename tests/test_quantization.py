@@ -275,6 +275,7 @@ def test_gradient(quantization, group_size):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("options", [None, {}, {"group_size": 32, "quantize_embeddings": True}])
 def test_compile(checkpoint, options, dtype):
+    torch.compiler.reset()  # the compiler counts how often it had to start anew for another model
     model = load(checkpoint, dtype=dtype)
     if options is not None:
         model.quantize(4, **options)
