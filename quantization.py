@@ -462,6 +462,12 @@ def check_state(name: str, layer: nn.Module):
             f"{name}.weight is {weight.dtype}, not int8: the checkpoint is not quantized, though its config.json says so. "
             "Take quantization_bit and quantization_config out of it, or download the weights again."
         )
+    columns = layer.in_features if isinstance(layer, QuantizedLinear) else layer.embedding_dim
+    if 8 * weight.shape[1] != columns * layer.bits:  # 5.9 lets it pass
+        raise ValueError(
+            f"{name}.weight has a size mismatch: {weight.shape[1]} columns for {columns} of {layer.bits} bits. Was it packed by "
+            "other software? Download the weights again."
+        )
     # A scale is zero where all of its weights are.
     if not torch.isfinite(scale).all() or weight.view(*scale.shape, -1)[scale == 0].any():
         raise ValueError(
