@@ -38,6 +38,7 @@ bench: .venv-bench/installed-bench
 	.venv-bench/bin/python -m benchmarks.quantization_quality --output benchmarks/results/quantization_quality.json
 	.venv-bench/bin/python -m benchmarks.decode --against llama.cpp --output benchmarks/results/decode.json
 	.venv-bench/bin/python -m benchmarks.decode --bits --half --output benchmarks/results/half.json
+	.venv-bench/bin/python -m benchmarks.attention --output benchmarks/results/attention.json
 
 PIP = $(@D)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt
 
