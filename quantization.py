@@ -380,7 +380,6 @@ class QuantizeWhileLoading(ConversionOps):
     def convert(self, input_dict, full_layer_name=None, model=None, missing_keys=None, **kwargs):
         (value,) = input_dict.values()
         value = value[0] if isinstance(value, list) else value
-        check_finite(full_layer_name, value)
         layer = model.get_submodule(full_layer_name.rpartition(".")[0])
         weight, scale = layer.quantize(value, self.quantizer.quantization_config.scale_search)
         scale_name = f"{full_layer_name}_scale"
@@ -574,7 +573,7 @@ def quantize_calibrated(model: nn.Module, layers: dict[str, nn.Module], calibrat
     base = model.base_model
     calls = list(layer_inputs(base, base.encoder.layers[0], calls))
     original_calls = calls
-    for i, block in enumerate(logging.tqdm(base.encoder.layers, desc="Quantizing layers")):
+    for block in logging.tqdm(base.encoder.layers, desc="Quantizing layers"):
         prefix = next(name for name, module in model.named_modules() if module is block)
         names = [name for name in layers if name.startswith(f"{prefix}.")]
         original_inputs = {}

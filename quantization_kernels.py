@@ -768,13 +768,8 @@ def cpu_library() -> ctypes.CDLL | None:
         pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
         library.chatglm_linear.argtypes = [pointer] * 3 + [number, pointer] + [size] * 4 + [number] * 3
         return library
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-        AttributeError,
-        Timeout,
-    ) as error:  # no home, CXX of unbalanced quotes, ...
+    # RuntimeError: no home; ValueError: CXX with an open quotation; AttributeError: a library of something else
+    except (OSError, RuntimeError, ValueError, AttributeError, Timeout) as error:
         logger.warning(
             "There are no kernels for the CPU: INT4 and INT8 weights are multiplied by plain torch, several times slower. "
             f"{error}"

@@ -19,23 +19,19 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModel, DynamicCache, GlmConfig, GlmForCausalLM
 
-from .decode import describe_machine
+from .decode import describe_machine, report
 from .random_checkpoint import ROOT
 
 
-def small_vocabulary(layers: int) -> dict:
-    """Sizes that attention does not depend on are small, for the step to be mostly attention."""
-    return dict(num_layers=layers, padded_vocab_size=1024, ffn_hidden_size=64, seq_length=32768)
-
-
 def build(name: str, layers: int):
+    """Sizes that attention does not depend on are small, for the step to be mostly attention."""
     if name == "GlmForCausalLM":
         config = GlmConfig(
             vocab_size=1024, hidden_size=4096, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=32,
             num_key_value_heads=2, head_dim=128, max_position_embeddings=32768, pad_token_id=0, eos_token_id=2,
         )  # fmt: skip
         return GlmForCausalLM(config).eval()
-    options = small_vocabulary(layers)
+    options = dict(num_layers=layers, padded_vocab_size=1024, ffn_hidden_size=64, seq_length=32768)
     if name == "without multi-query attention":
         options["multi_query_attention"] = False
     config = AutoConfig.from_pretrained(ROOT, trust_remote_code=True, **options)
@@ -97,10 +93,7 @@ def main():
             }
         rows.append(row)
         print(json.dumps(row), file=sys.stderr)
-    text = json.dumps({"machine": describe_machine(), "layers": args.layers, "rows": rows}, indent=2)
-    print(text)
-    if args.output:
-        args.output.write_text(text + "\n")
+    report({"machine": describe_machine(), "layers": args.layers, "rows": rows}, args.output)
 
 
 if __name__ == "__main__":

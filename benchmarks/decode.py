@@ -214,6 +214,14 @@ def prepared(path: Path, write, *args) -> Path:
     return path
 
 
+def report(result: dict, output: Path | None):
+    """Prints the figures as JSON, and writes them to `output` if there is one."""
+    text = json.dumps(result, indent=2)
+    print(text)
+    if output:
+        output.write_text(text + "\n")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--against", choices=["llama.cpp"], help="also measure this; needs the `bench` extra")
@@ -232,10 +240,7 @@ def main():
     result["quantized"] = [compare(bits, args) for bits in args.bits]
     if args.half:
         result["bfloat16_prefill"] = compare_half(args)
-    text = json.dumps(result, indent=2)
-    print(text)
-    if args.output:
-        args.output.write_text(text + "\n")
+    report(result, args.output)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ Weights are random. The kernels' correctness on the GPU is what tests/test_quant
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from .decode import Clock, describe_machine, prepared, weight_bytes
+from .decode import Clock, describe_machine, prepared, report, weight_bytes
 from .random_checkpoint import ROOT, load, write_checkpoint
 
 
@@ -82,10 +81,7 @@ def main():
         result[f"int{bits}" if bits else "bfloat16"] = rows
         del model
         torch.cuda.empty_cache()
-    text = json.dumps(result, indent=2)
-    print(text)
-    if args.output:
-        args.output.write_text(text + "\n")
+    report(result, args.output)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -92,8 +91,7 @@ def write_gguf(path: Path, layers: int = 28, bits: int = 4):
     body = gguf.GGMLQuantizationType.Q4_0 if bits == 4 else gguf.GGMLQuantizationType.Q8_0
     head = gguf.GGMLQuantizationType.Q6_K if bits == 4 else gguf.GGMLQuantizationType.Q8_0
 
-    unfinished = path.with_suffix(".unfinished")
-    writer = gguf.GGUFWriter(unfinished, "chatglm", use_temp_file=True)
+    writer = gguf.GGUFWriter(path, "chatglm", use_temp_file=True)
     writer.add_context_length(config["seq_length"])
     writer.add_embedding_length(hidden)
     writer.add_feed_forward_length(ffn)
@@ -136,4 +134,3 @@ def write_gguf(path: Path, layers: int = 28, bits: int = 4):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    os.replace(unfinished, path)

@@ -363,7 +363,7 @@ def test_unknown_option(checkpoint):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite(checkpoint, write_checkpoint, tmp_path, value):
+def test_weights_that_are_not_finite(checkpoint, write_checkpoint, tmp_path, logs, value):
     """Named, and found before anything is changed."""
     model = load(checkpoint)
     name = "transformer.encoder.layers.1.mlp.dense_4h_to_h.weight"
@@ -374,6 +374,7 @@ def test_weights_that_are_not_finite(checkpoint, write_checkpoint, tmp_path, val
     folder = write_checkpoint(tmp_path / "damaged", WIDE, model.state_dict())
     with pytest.raises(Exception, match="holds NaN or infinity|issues during automatic conversion"):
         load(folder, quantization_config={"quant_method": "chatglm", "bits": 8})
+    assert "holds NaN or infinity" in logs.text and name in logs.text  # the library's report
 
 
 def test_shared_embeddings(small_model):
