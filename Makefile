@@ -7,7 +7,7 @@ CHAT_OPTIONS ?= $(if $(filter checkpoints/tiny,$(MODEL)),--temperature 0.3)
 # The release that everything is developed on, and those that the essentials are tested on
 TRANSFORMERS ?= 5.23.0
 MATRIX ?= 5.9.0 5.17.0 5.19.0 5.23.0
-ESSENTIALS = $(patsubst %,tests/test_%.py,configuration golden tokenization chat loading quantization)
+ESSENTIALS = $(patsubst %,tests/test_%.py,configuration golden tokenization chat long_context loading quantization)
 
 .PHONY: chat test test-matrix test-quantizers lint bench clean
 
@@ -24,9 +24,9 @@ test-matrix: $(MATRIX:%=test-transformers-%)
 test-transformers-%: .venv-%/installed-test
 	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -n 2 $(ESSENTIALS) $(ARGS)
 
-# Other libraries' quantization. They print at every import, so they do not go into .venv.
+# Other libraries' quantization of weights and caches. They print at every import, so they do not go into .venv.
 test-quantizers: .venv-quantizers/installed-quantizers
-	OMP_NUM_THREADS=1 .venv-quantizers/bin/python -m pytest tests/test_quantization.py -k "bitsandbytes or torchao" $(ARGS)
+	OMP_NUM_THREADS=1 .venv-quantizers/bin/python -m pytest tests/test_quantization.py tests/test_long_context.py -k "bitsandbytes or torchao or quantized_cache" $(ARGS)
 
 lint: .venv/installed-test
 	.venv/bin/ruff check .

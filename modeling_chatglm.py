@@ -5,6 +5,7 @@ the published layout, `[seq, batch, ...]`, appears only where a legacy cache tup
 """
 
 import bisect
+import copy
 import functools
 import queue
 import threading
@@ -42,6 +43,13 @@ from .quantization_kernels import chunked_linear
 
 
 logger = logging.get_logger(__name__)
+
+# How many tokens of a long prompt `generate` encodes at a time, unless its `prefill_chunk_size` says otherwise. In the 6B
+# shape 1,024 keep 0.7 GB of intermediate results in float32, and are as fast as more.
+PREFILL_CHUNK_SIZE = 1024
+CONTEXT_REMEDY = (
+    "Shorten the input, or extend the context with rope_parameters (yarn or linear with seq_length, or dynamic)."
+)
 
 # Past keys and values as the published code has them: per layer (key, value), each [seq, batch, groups, head_dim].
 LegacyCache = Sequence[tuple[torch.Tensor, torch.Tensor]]
@@ -241,7 +249,13 @@ def eager_attention_forward(
     return output.view(batch, heads, q_len, head_dim).transpose(1, 2).contiguous(), weights
 
 
-def sdpa_one_token_forward(
+def can_group_sdpa(query: torch.Tensor, attention_mask: torch.Tensor | None) -> bool:
+    """Whether `grouped_sdpa_forward` takes these: off the CPU several tokens would cost more, and so it is the library's."""
+    has_one_mask = attention_mask is None or attention_mask.shape[1] == 1  # for all heads
+    return has_one_mask if query.shape[2] == 1 else query.device.type == "cpu"
+
+
+def grouped_sdpa_forward(
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -252,18 +266,22 @@ def sdpa_one_token_forward(
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """
-    Attention of one token by torch's scaled_dot_product_attention. As in `eager_attention_forward`, query heads that share
-    a group become rows of one product: on the CPU torch would else read keys and values once for each head.
+    torch's scaled_dot_product_attention where the library would have it read keys and values once for each head: for one
+    token everywhere (the query heads that share a group become rows of one product), for more on the CPU.
 
     Arguments and output are those of `eager_attention_forward`, without the weights.
     """
-    batch, heads, _, head_dim = query.shape
+    batch, heads, q_len, head_dim = query.shape
     groups = key.shape[1]
-    folded = query.reshape(batch, groups, heads // groups, head_dim)
+    options = dict(attn_mask=attention_mask, dropout_p=dropout, scale=scaling)
+    if q_len == 1:
+        folded = query.reshape(batch, groups, heads // groups, head_dim)
+        output = nn.functional.scaled_dot_product_attention(folded, key, value, **options)
+        return output.reshape(batch, 1, heads, head_dim), None
     output = nn.functional.scaled_dot_product_attention(
-        folded, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling
+        query, key, value, is_causal=attention_mask is None, enable_gqa=heads != groups, **options
     )
-    return output.reshape(batch, 1, heads, head_dim), None
+    return output.transpose(1, 2).contiguous(), None
 
 
 class SelfAttention(nn.Module):
@@ -325,9 +343,9 @@ class SelfAttention(nn.Module):
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        has_one_mask = attention_mask is None or attention_mask.shape[1] == 1  # for all heads
-        if query.shape[2] == 1 and has_one_mask and self.config._attn_implementation == "sdpa":
-            attention_interface = sdpa_one_token_forward
+        is_paged = kwargs.get("cache") is not None  # continuous batching, whose cache the library's sdpa updates
+        if self.config._attn_implementation == "sdpa" and not is_paged and can_group_sdpa(query, attention_mask):
+            attention_interface = grouped_sdpa_forward
         output, weights = attention_interface(
             self,
             query,
@@ -663,6 +681,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = let_grow(DynamicCache(config=self.config))
 
+        if past_key_values is not None:
+            check_cache(past_key_values, self.config, inputs_embeds)
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
         prefix, mask_cache = None, past_key_values
         if self.pre_seq_len is not None:
@@ -685,7 +705,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 
         if position_ids is None:
             position_ids = (torch.arange(seq_length, device=inputs_embeds.device) + seen)[None]
-        warn_beyond_context(position_ids, self.config.seq_length)
+        warn_beyond_context(position_ids, context_length(self.config))
         attention_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
@@ -790,13 +810,66 @@ def check_range(name: str, ids: torch.Tensor, limit: int, of_what: str):
         )
 
 
-def warn_beyond_context(position_ids: torch.Tensor, seq_length: int):
+def check_cache(cache: Cache, config: ChatGLMConfig, inputs_embeds: torch.Tensor):
+    """
+    Raises `ValueError` for a cache that cannot go with the input: of another model, batch, dtype or device, or too small.
+
+    Args:
+        inputs_embeds: `[batch, seq, hidden]`.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not cache.layers:
+        return
+    layer = cache.layers[0]
+    capacity = getattr(layer, "max_cache_len", None)
+    if capacity is not None and inputs_embeds.device.type == "cpu":  # to look elsewhere would stall the device
+        seen = int(layer.get_seq_length())
+        needed = (seen or config.pre_seq_len or 0) + inputs_embeds.shape[1]
+        if needed > capacity:
+            raise ValueError(
+                f"The cache has room for {capacity} tokens, and {needed} would be in it. Make it with a larger "
+                "max_cache_len."
+            )
+    keys = getattr(layer, "keys", None)
+    if keys is None or keys.dim() != 4:  # nothing in it yet
+        return
+    remedy = "Start with an empty one: past_key_values=None."
+    if len(cache.layers) != config.num_layers:
+        raise ValueError(f"The cache is of a model of {len(cache.layers)} layers, not {config.num_layers}. {remedy}")
+    groups, head_dim = config.num_key_value_heads, config.kv_channels
+    if keys.shape[1::2] != (groups, head_dim):
+        raise ValueError(
+            f"The cache is of another model: its keys have {keys.shape[1]} heads of {keys.shape[-1]} channels, this "
+            f"model's {groups} of {head_dim}. {remedy}"
+        )
+    if keys.shape[0] != inputs_embeds.shape[0]:
+        raise ValueError(
+            f"The cache is of a batch of {keys.shape[0]}, the input of {inputs_embeds.shape[0]}. {remedy} To go on with "
+            "some of its rows, use its batch_select_indices or batch_repeat_interleave."
+        )
+    if keys.dtype != inputs_embeds.dtype and not torch.is_autocast_enabled(keys.device.type):
+        raise ValueError(
+            f"The cache is in {keys.dtype}, the model computes in {inputs_embeds.dtype}: it was cast in between. {remedy}"
+        )
+    if keys.device.type != inputs_embeds.device.type and not getattr(cache, "offloading", False):
+        raise ValueError(
+            f"The cache is on {keys.device}, the input on {inputs_embeds.device}: the model was moved in between. {remedy}"
+        )
+
+
+def context_length(config: ChatGLMConfig) -> int:
+    """Positions that the model was made for, or that its dynamic NTK scaling stretches that to."""
+    if config.rope_parameters["rope_type"] == "dynamic":
+        return int(config.seq_length * config.rope_parameters["factor"])
+    return config.seq_length
+
+
+def warn_beyond_context(position_ids: torch.Tensor, context: int):
     if position_ids.device.type != "cpu" or torch.compiler.is_compiling() or position_ids.numel() == 0:
         return
-    if int(position_ids.max()) >= seq_length:
+    if int(position_ids.max()) >= context:
         logger.warning_once(
-            f"There are positions beyond the {seq_length} that this model was made for (seq_length): expect poor text. "
-            "Shorten the input, or extend the context with rope_parameters (linear, dynamic, yarn) and seq_length."
+            f"There are positions beyond the {context} that this model was made for (seq_length): expect poor text. "
+            f"{CONTEXT_REMEDY}"
         )
 
 
@@ -1033,6 +1106,74 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         )
         let_grow(model_kwargs.get("past_key_values"))
         return result
+
+    def _validate_generated_length(self, generation_config, input_ids_length, has_default_max_length):
+        context = context_length(self.config)
+        if input_ids_length > context:
+            raise ValueError(
+                f"The prompt has {input_ids_length} tokens, the model's context {context} (seq_length). {CONTEXT_REMEDY}"
+            )
+        super()._validate_generated_length(generation_config, input_ids_length, has_default_max_length)
+
+    def prepare_inputs_for_generation(
+        self, input_ids, next_sequence_length=None, past_key_values=None, attention_mask=None, **kwargs
+    ):
+        # Assisted decoding would put the whole prompt behind a cache that holds its beginning.
+        if next_sequence_length is None and past_key_values is not None and attention_mask is not None:
+            seen = int(past_key_values.get_seq_length())
+            if seen and attention_mask.shape == input_ids.shape:
+                next_sequence_length = input_ids.shape[1] - seen
+        return super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            **kwargs,
+        )
+
+    def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
+        if (
+            self.config.pre_seq_len is None
+        ):  # or else the library would take the P-Tuning prefix for tokens of the prompt
+            self._prefill_beginning(input_ids, generation_config, model_kwargs)
+            generation_config = copy.copy(generation_config)
+            generation_config.prefill_chunk_size = None  # done
+        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+
+    def _assisted_decoding(self, input_ids, *args, generation_config, **kwargs):
+        self._prefill_beginning(input_ids, generation_config, kwargs)
+        if kwargs.get("attention_mask") is None:
+            kwargs["attention_mask"] = torch.ones_like(input_ids)  # by which the first step is known
+        return super()._assisted_decoding(input_ids, *args, generation_config=generation_config, **kwargs)
+
+    def _prefill_beginning(self, input_ids, generation_config, model_kwargs):
+        """
+        Encodes a long prompt into the cache chunk by chunk, all but the last chunk.
+
+        The library's own chunks have to be asked for, forget (before 5.20) that the cache may hold the beginning, and
+        assisted decoding has none.
+        """
+        cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+        chunk_size = generation_config.prefill_chunk_size
+        if chunk_size is None:
+            if self.config.rope_parameters["rope_type"] in ("dynamic", "longrope"):
+                return  # frequencies depend on the length, which has to be known from the first token on
+            chunk_size = PREFILL_CHUNK_SIZE
+        if mask is None:  # since 5.20 one that hides nothing is dropped, and its length kept
+            length = getattr(generation_config, "_mask_length", input_ids.shape[1])
+            mask = input_ids.new_ones(input_ids.shape[0], length)
+        if cache is None or mask.shape != input_ids.shape or model_kwargs.get("inputs_embeds") is not None:
+            return
+        position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
+        for end in range(int(cache.get_seq_length()) + chunk_size, input_ids.shape[1], chunk_size):
+            self(
+                input_ids[:, end - chunk_size : end],
+                attention_mask=mask[:, :end],
+                position_ids=position_ids[:, end - chunk_size : end],
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
 
     def generate_batch(self, *args, **kwargs):
         """The library's continuous batching. Its paged cache has no place for a P-Tuning prefix."""
@@ -1289,8 +1430,8 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             record = continue_from(start)
         if len(record.ids) > prompt_limit:
             raise ValueError(
-                f"The query is {len(record.ids)} tokens long; at most {prompt_limit} fit (seq_length "
-                f"{self.config.seq_length}, max_length {options['max_length']}). Shorten it, or raise max_length."
+                f"The query is {len(record.ids)} tokens long; at most {prompt_limit} fit (context "
+                f"{context_length(self.config)}, max_length {options['max_length']}). Shorten it, or raise max_length."
             )
         if start:
             logger.warning(
@@ -1329,7 +1470,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             How long a prompt with history may be, so that there is room for an answer; how long one may be at all; and
             the options.
         """
-        options, context = dict(options), self.config.seq_length
+        options, context = dict(options), context_length(self.config)
         for layer in cache.layers if cache is not None else ():
             context = min(context, getattr(layer, "max_cache_len", context))  # of a static cache
         generation_config = options.get("generation_config")
@@ -1349,10 +1490,9 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         return max_length - min(max_length // 4, 512), max_length - 1, options
 
     def _warn_if_cut(self, tokenizer, ids: list[int]):
-        if len(ids) >= self.config.seq_length and ids[-1] != tokenizer.eos_token_id:
-            logger.warning(
-                f"The answer was cut at the end of the context of {self.config.seq_length} tokens (seq_length)."
-            )
+        context = context_length(self.config)
+        if len(ids) >= context and ids[-1] != tokenizer.eos_token_id:
+            logger.warning(f"The answer was cut at the end of the context of {context} tokens (seq_length).")
 
     def _crop_cache(self, cache: Cache, ids: list[int]):
         """Leaves in the cache what it holds of the beginning of `ids`, short of the last: that has to be computed."""

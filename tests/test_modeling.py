@@ -554,10 +554,11 @@ def test_beam_search_reorders_the_cache(small_model):
     assert torch.equal(model.generate(ids, **kwargs), model.generate(ids, use_cache=False, **kwargs))
 
 
-def test_continuous_batching(small_model):
-    """Paged attention: several requests at once, of different lengths, answered as one by one."""
+@pytest.mark.parametrize("lengths", [(5, 11, 8), (7,)], ids=str)
+def test_continuous_batching(small_model, lengths):
+    """Paged attention: several requests at once, of different lengths, or a single one, answered as one by one."""
     model = small_model(5, attn_implementation="sdpa", seq_length=256)
-    prompts = [random_ids(model, n, seed=n).tolist() for n in (5, 11, 8)]
+    prompts = [random_ids(model, n, seed=n).tolist() for n in lengths]
     from transformers import GenerationConfig
 
     config = GenerationConfig(do_sample=False, max_new_tokens=6, eos_token_id=-1, pad_token_id=0)
