@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 from torch.nn import LayerNorm
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import ContinuousBatchingConfig, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
@@ -1175,11 +1175,23 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
                 logits_to_keep=1,
             )
 
-    def generate_batch(self, *args, **kwargs):
-        """The library's continuous batching. Its paged cache has no place for a P-Tuning prefix."""
+    def generate_batch(self, inputs, generation_config=None, continuous_batching_config=None, **kwargs):
+        """
+        The library's continuous batching. Its paged cache has no place for a P-Tuning prefix.
+
+        On the CPU the cache is as large as these requests need, up to 65,536 tokens, beyond which they wait for each
+        other; by itself the library would take nearly all of the memory.
+        """
         if self.config.pre_seq_len is not None:
             raise ValueError("generate_batch does not work with a P-Tuning prefix (pre_seq_len): use generate.")
-        return super().generate_batch(*args, **kwargs)
+        if continuous_batching_config is None and self.device.type == "cpu":
+            max_new_tokens = (
+                kwargs.get("max_new_tokens") or (generation_config or self.generation_config).max_new_tokens
+            )
+            blocks = [(len(ids) + (max_new_tokens or 1024)) // 256 + 1 for ids in inputs]  # of 256 tokens
+            num_blocks = max(min(sum(blocks), 256), *blocks, 1)
+            continuous_batching_config = ContinuousBatchingConfig(num_blocks=num_blocks, max_batch_tokens=512)
+        return super().generate_batch(inputs, generation_config, continuous_batching_config, **kwargs)
 
     @staticmethod
     def create_masks_for_generate(config, attention_mask=None, **kwargs):

@@ -1,26 +1,23 @@
 """
 What attention adds to a step of decoding as the context grows, in the ChatGLM2-6B shape on the CPU: this model, the same
-without multi-query attention (32 groups, as the first generation had), and `GlmForCausalLM` of Transformers.
+without multi-query attention (32 groups, as the first generation had), `GlmForCausalLM` of Transformers, and llama.cpp.
 
-    python -m benchmarks.attention
+    python -m benchmarks.attention --output benchmarks/results/attention.json
 
-Only attention's share is measured, so few layers do: the rest of a step does not depend on the context. Caches are filled
-with random numbers; the systems take turns.
+Only attention depends on the context, so few layers show what each adds; `decode_ms` is a measured step of INT4 with all 28
+layers and a short context (llama.cpp's Q4_0 likewise), plus 28 times that. Caches are filled with random numbers,
+llama.cpp's by a prompt; the systems take turns.
 """
 
-import argparse
 import inspect
-import json
 import statistics
-import sys
-import time
-from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModel, DynamicCache, GlmConfig, GlmForCausalLM
 
-from .decode import describe_machine, report
+from .measure import in_turn, options, report, seconds
 from .random_checkpoint import ROOT
+from .systems import LlamaCpp, Ours, is_installed, random_prompt
 
 
 def build(name: str, layers: int):
@@ -31,69 +28,104 @@ def build(name: str, layers: int):
             num_key_value_heads=2, head_dim=128, max_position_embeddings=32768, pad_token_id=0, eos_token_id=2,
         )  # fmt: skip
         return GlmForCausalLM(config).eval()
-    options = dict(num_layers=layers, padded_vocab_size=1024, ffn_hidden_size=64, seq_length=32768)
+    sizes = dict(num_layers=layers, padded_vocab_size=1024, ffn_hidden_size=64, seq_length=32768)
     if name == "without multi-query attention":
-        options["multi_query_attention"] = False
-    config = AutoConfig.from_pretrained(ROOT, trust_remote_code=True, **options)
+        sizes["multi_query_attention"] = False
+    config = AutoConfig.from_pretrained(ROOT, trust_remote_code=True, **sizes)
     return AutoModel.from_config(config, trust_remote_code=True, dtype=torch.float32).eval()
 
 
-def filled_cache(model, positions: int):
-    """Returns a cache as the model itself makes it, with `positions` random keys and values."""
-    groups = model.config.num_key_value_heads
-    cache = DynamicCache(config=model.config)
-    let_grow = getattr(inspect.getmodule(type(model)), "let_grow", None)
-    if let_grow is not None:
-        let_grow(cache)
-    for layer in range(model.config.num_hidden_layers):
-        cache.update(*torch.randn(2, 1, groups, positions, 128), layer)
-    return cache
+class Torch:
+    """A model with a cache that is filled as it would fill it."""
+
+    def __init__(self, name: str, layers: int):
+        self.model = build(name, layers)
+
+    def fill(self, positions: int):
+        self.cache = DynamicCache(config=self.model.config)
+        let_grow = getattr(inspect.getmodule(type(self.model)), "let_grow", None)
+        if let_grow is not None:
+            let_grow(self.cache)
+        for layer in range(self.model.config.num_hidden_layers):
+            self.cache.update(*torch.randn(2, 1, self.model.config.num_key_value_heads, positions, 128), layer)
+
+    @property
+    def cache_bytes(self) -> int:
+        return sum(t.nbytes for layer in self.cache.layers for t in (layer.keys, layer.values))
+
+    @torch.no_grad()
+    def step_seconds(self, steps: int) -> float:
+        token = torch.tensor([[5]])
+        step = lambda: self.model(token, past_key_values=self.cache, use_cache=True)  # noqa: E731
+        return statistics.median(seconds(step) for _ in range(steps))
 
 
-@torch.no_grad()
-def step_seconds(model, cache, steps: int) -> float:
-    seconds = []
-    token = torch.tensor([[5]])
-    for _ in range(steps):
-        start = time.perf_counter()
-        model(token, past_key_values=cache, use_cache=True)
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+class LlamaCppAtLength(LlamaCpp):
+    """llama.cpp with a prompt in its cache."""
+
+    def fill(self, positions: int):
+        missing = positions - self.model.n_tokens
+        if missing > 0:
+            self.model.eval(random_prompt(missing))
+        else:
+            self.model.n_tokens = positions  # the next evaluation drops what is behind
+
+    @property
+    def cache_bytes(self) -> int:
+        return self.model.n_tokens * 2 * 2 * 128 * 2  # float16, keys and values of one layer's two groups
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=2)
+    parser = options(__doc__, rounds=3)
     parser.add_argument("--positions", type=int, nargs="*", default=[512, 2048, 8192, 32000])
     parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--output", type=Path, help="JSON file for the figures")
     args = parser.parse_args()
+    layers, base_layers = 2, 28
+    if args.quick:
+        layers = base_layers = args.rounds = 1
+        args.positions, args.steps = [128, 256], 4
 
     names = ["this", "without multi-query attention", "GlmForCausalLM"]
-    models = {name: build(name, args.layers) for name in names}
-    empty, rows = {}, []
-    for name, model in models.items():
-        empty[name] = step_seconds(model, filled_cache(model, 1), args.steps)
+    systems = {name: Torch(name, layers) for name in names}
+    layer_counts = dict.fromkeys(systems, layers)
+    bases = {"this": Ours(args.work, base_layers, 4)}
+    if is_installed("llama_cpp"):
+        # One layer: its cache can be filled by prompts only, and attention over long ones is slow.
+        longest = max(args.positions) + 2 * args.steps
+        for name, flash in (("llama.cpp", False), ("llama.cpp, flash attention", True)):
+            systems[name] = LlamaCppAtLength(args.work, 1, 4, longest, flash)
+            layer_counts[name] = 1
+            bases[name] = LlamaCpp(args.work, base_layers, 4, 256, flash)
+
+    short = random_prompt(16)
+    base_runs = {name: lambda system=system: system.run(short, args.steps)[1] for name, system in bases.items()}
+    base = {name: statistics.median(values) for name, values in in_turn(base_runs, args.rounds).items()}
+
+    def at(positions: int) -> dict[str, float]:
+        def measure(system) -> float:
+            system.fill(positions)
+            return system.step_seconds(args.steps)
+
+        runs = {name: lambda system=system: measure(system) for name, system in systems.items()}
+        return {name: statistics.median(values) for name, values in in_turn(runs, args.rounds).items()}
+
+    empty, rows = at(16), []
     for positions in args.positions:
-        seconds = {name: [] for name in names}
-        cache_bytes = {}
-        for _ in range(args.rounds):
-            for name, model in models.items():
-                cache = filled_cache(model, positions)
-                cache_bytes[name] = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
-                seconds[name].append(step_seconds(model, cache, args.steps))
-                del cache
         row = {"positions": positions}
-        for name in names:
-            attention = (statistics.median(seconds[name]) - empty[name]) / args.layers * 1000
+        for name, step in at(positions).items():
+            added = (step - empty[name]) / layer_counts[name] * 1000
             row[name] = {
-                "milliseconds_added_per_layer": attention,
-                "cache_bytes_per_layer_and_position": cache_bytes[name] // args.layers // positions,
+                "milliseconds_added_per_layer": added,
+                "cache_bytes_per_layer_and_position": systems[name].cache_bytes // layer_counts[name] // positions,
             }
+            if name in base:
+                decode = 1000 * base[name] + base_layers * added
+                row[name] |= {"decode_ms": decode, "attention_added": decode / (1000 * base[name]) - 1}
+        peers = [row[name]["decode_ms"] for name in base if name != "this"]
+        if peers:
+            row["decode_ratio"] = min(peers) / row["this"]["decode_ms"]
         rows.append(row)
-        print(json.dumps(row), file=sys.stderr)
-    report({"machine": describe_machine(), "layers": args.layers, "rows": rows}, args.output)
+    report({"layers": layer_counts, "base_ms": {n: 1000 * s for n, s in base.items()}, "rows": rows}, args.output)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,128 @@
+"""What the benchmarks measure with: clocks, memory, the machine, and where the figures go."""
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+from transformers.generation.streamers import BaseStreamer
+
+from .random_checkpoint import ROOT
+
+
+SHARED = ROOT.parent / "shared/data"
+
+
+def options(description: str, rounds: int) -> argparse.ArgumentParser:
+    """Returns a parser with the options that all benchmarks have."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs; no figures to compare")
+    parser.add_argument("--rounds", type=int, default=rounds, help=f"how often the systems take turns ({rounds})")
+    parser.add_argument("--work", type=Path, default=ROOT / "build/benchmarks", help="where weights are written")
+    parser.add_argument("--output", type=Path, help="JSON file for the figures")
+    return parser
+
+
+def report(result: dict, output: Path | None):
+    """Prints the figures, with the machine that they are of, as JSON, and writes them to `output` if there is one."""
+    text = json.dumps({"machine": describe_machine(), **result}, indent=2)
+    print(text)
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(text + "\n")
+
+
+def in_turn(functions: dict[str, Callable], rounds: int) -> dict[str, list]:
+    """Calls each function in turn, `rounds` times, and returns what each gave."""
+    results = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            results[name].append(function())
+            print(f"  {name}: {results[name][-1]}", file=sys.stderr, flush=True)
+    return results
+
+
+def seconds(function: Callable) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+class Clock(BaseStreamer):
+    """Notes when the prompt and each token of `generate` come."""
+
+    def __init__(self):
+        self.times = []
+
+    def put(self, value):
+        self.times.append(time.perf_counter())
+
+    def end(self):
+        pass
+
+    def step_seconds(self) -> float:
+        """Median seconds from one token to the next, after the first."""
+        return statistics.median(b - a for a, b in zip(self.times[1:], self.times[2:]))
+
+
+class PeakMemory:
+    """Watches the memory of this process that is not mapped from files: `with PeakMemory() as memory: ...; memory.gb`."""
+
+    def __enter__(self):
+        self._before = self._peak = anonymous_memory()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def _watch(self):
+        while not self._done.wait(0.01):
+            self._peak = max(self._peak, anonymous_memory())
+
+    def __exit__(self, *error):
+        self._done.set()
+        self._thread.join()
+
+    @property
+    def gb(self) -> float:
+        """GB that the peak was above what there was before."""
+        return self._peak - self._before
+
+
+def anonymous_memory() -> float:
+    """GB of this process that are not files; NaN where the system does not say."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return float("nan")
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon")) * 1024 / 1e9
+
+
+def read_bandwidth() -> float:
+    """GB/s at which numbers in memory can be added up, the limit of decoding."""
+    numbers = torch.ones(1 << 28)  # 1 GB
+    return numbers.nbytes / min(seconds(numbers.sum) for _ in range(7)) / 1e9
+
+
+def describe_machine() -> dict:
+    model = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return {
+        "cpu": model,
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
