@@ -819,17 +819,9 @@ def check_cache(cache: Cache, config: ChatGLMConfig, inputs_embeds: torch.Tensor
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or not cache.layers:
         return
-    layer = cache.layers[0]
-    capacity = getattr(layer, "max_cache_len", None)
-    if capacity is not None and inputs_embeds.device.type == "cpu":  # to look elsewhere would stall the device
-        seen = int(layer.get_seq_length())
-        needed = (seen or config.pre_seq_len or 0) + inputs_embeds.shape[1]
-        if needed > capacity:
-            raise ValueError(
-                f"The cache has room for {capacity} tokens, and {needed} would be in it. Make it with a larger "
-                "max_cache_len."
-            )
-    keys = getattr(layer, "keys", None)
+    if inputs_embeds.device.type == "cpu":  # to look elsewhere would stall the device
+        check_room(cache, (int(cache.get_seq_length()) or config.pre_seq_len or 0) + inputs_embeds.shape[1])
+    keys = getattr(cache.layers[0], "keys", None)
     if keys is None or keys.dim() != 4:  # nothing in it yet
         return
     remedy = "Start with an empty one: past_key_values=None."
@@ -853,6 +845,15 @@ def check_cache(cache: Cache, config: ChatGLMConfig, inputs_embeds: torch.Tensor
     if keys.device.type != inputs_embeds.device.type and not getattr(cache, "offloading", False):
         raise ValueError(
             f"The cache is on {keys.device}, the input on {inputs_embeds.device}: the model was moved in between. {remedy}"
+        )
+
+
+def check_room(cache: Cache, length: int):
+    """Raises `ValueError` if a static cache is too small for so many tokens."""
+    room = min((getattr(layer, "max_cache_len", length) for layer in cache.layers), default=length)
+    if length > room:
+        raise ValueError(
+            f"The cache has room for {room} tokens, and {length} would be in it. Make it with a larger max_cache_len."
         )
 
 
@@ -1104,7 +1105,9 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         result = super()._prepare_cache_for_generation(
             generation_config, model_kwargs, mode, batch_size, max_cache_length
         )
-        let_grow(model_kwargs.get("past_key_values"))
+        cache, mask = let_grow(model_kwargs.get("past_key_values")), model_kwargs.get("attention_mask")
+        if cache is not None and mask is not None:
+            check_room(cache, mask.shape[1])  # rather than after the first chunks
         return result
 
     def _validate_generated_length(self, generation_config, input_ids_length, has_default_max_length):
@@ -1132,16 +1135,16 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         )
 
     def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
-        if (
-            self.config.pre_seq_len is None
-        ):  # or else the library would take the P-Tuning prefix for tokens of the prompt
+        # With a P-Tuning prefix in the cache, the library would take that for tokens of the prompt.
+        if self.config.pre_seq_len is None and model_kwargs.get("past_key_values") is not None:
             self._prefill_beginning(input_ids, generation_config, model_kwargs)
             generation_config = copy.copy(generation_config)
             generation_config.prefill_chunk_size = None  # done
         return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
     def _assisted_decoding(self, input_ids, *args, generation_config, **kwargs):
-        self._prefill_beginning(input_ids, generation_config, kwargs)
+        if len(input_ids) == 1:  # the library refuses more
+            self._prefill_beginning(input_ids, generation_config, kwargs)
         if kwargs.get("attention_mask") is None:
             kwargs["attention_mask"] = torch.ones_like(input_ids)  # by which the first step is known
         return super()._assisted_decoding(input_ids, *args, generation_config=generation_config, **kwargs)
@@ -1159,6 +1162,8 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             if self.config.rope_parameters["rope_type"] in ("dynamic", "longrope"):
                 return  # frequencies depend on the length, which has to be known from the first token on
             chunk_size = PREFILL_CHUNK_SIZE
+        if chunk_size < 1:
+            raise ValueError(f"prefill_chunk_size must be at least 1, got {chunk_size}.")
         if mask is None:  # since 5.20 one that hides nothing is dropped, and its length kept
             length = getattr(generation_config, "_mask_length", input_ids.shape[1])
             mask = input_ids.new_ones(input_ids.shape[0], length)

@@ -4,7 +4,7 @@ without multi-query attention (32 groups, as the first generation had), `GlmForC
 
     python -m benchmarks.attention --output benchmarks/results/attention.json
 
-Only attention depends on the context, so few layers show what each adds; `decode_ms` is a measured step of INT4 with all 28
+Only attention depends on the context, so two layers show what each adds; `decode_ms` is a measured step of INT4 with all 28
 layers and a short context (llama.cpp's Q4_0 likewise), plus 28 times that. Caches are filled with random numbers,
 llama.cpp's by a prompt; the systems take turns.
 """
@@ -20,15 +20,18 @@ from .random_checkpoint import ROOT
 from .systems import LlamaCpp, Ours, is_installed, random_prompt
 
 
+# Sizes that attention does not depend on are small, for the step to be mostly attention.
+SMALL = dict(padded_vocab_size=1024, ffn_hidden_size=64)
+
+
 def build(name: str, layers: int):
-    """Sizes that attention does not depend on are small, for the step to be mostly attention."""
     if name == "GlmForCausalLM":
         config = GlmConfig(
             vocab_size=1024, hidden_size=4096, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=32,
             num_key_value_heads=2, head_dim=128, max_position_embeddings=32768, pad_token_id=0, eos_token_id=2,
         )  # fmt: skip
         return GlmForCausalLM(config).eval()
-    sizes = dict(num_layers=layers, padded_vocab_size=1024, ffn_hidden_size=64, seq_length=32768)
+    sizes = dict(num_layers=layers, seq_length=32768, **SMALL)
     if name == "without multi-query attention":
         sizes["multi_query_attention"] = False
     config = AutoConfig.from_pretrained(ROOT, trust_remote_code=True, **sizes)
@@ -51,7 +54,9 @@ class Torch:
 
     @property
     def cache_bytes(self) -> int:
-        return sum(t.nbytes for layer in self.cache.layers for t in (layer.keys, layer.values))
+        """Of one position and layer."""
+        layer = self.cache.layers[0]
+        return (layer.keys.nbytes + layer.values.nbytes) // layer.get_seq_length()
 
     @torch.no_grad()
     def step_seconds(self, steps: int) -> float:
@@ -66,19 +71,19 @@ class LlamaCppAtLength(LlamaCpp):
     def fill(self, positions: int):
         missing = positions - self.model.n_tokens
         if missing > 0:
-            self.model.eval(random_prompt(missing))
+            self.model.eval(random_prompt(missing, vocabulary=1000))
         else:
             self.model.n_tokens = positions  # the next evaluation drops what is behind
 
     @property
     def cache_bytes(self) -> int:
-        return self.model.n_tokens * 2 * 2 * 128 * 2  # float16, keys and values of one layer's two groups
+        return 2 * 2 * 128 * 2  # float16, keys and values of two groups
 
 
 def main():
     parser = options(__doc__, rounds=3)
     parser.add_argument("--positions", type=int, nargs="*", default=[512, 2048, 8192, 32000])
-    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=32)
     args = parser.parse_args()
     layers, base_layers = 2, 28
     if args.quick:
@@ -87,14 +92,11 @@ def main():
 
     names = ["this", "without multi-query attention", "GlmForCausalLM"]
     systems = {name: Torch(name, layers) for name in names}
-    layer_counts = dict.fromkeys(systems, layers)
     bases = {"this": Ours(args.work, base_layers, 4)}
     if is_installed("llama_cpp"):
-        # One layer: its cache can be filled by prompts only, and attention over long ones is slow.
         longest = max(args.positions) + 2 * args.steps
         for name, flash in (("llama.cpp", False), ("llama.cpp, flash attention", True)):
-            systems[name] = LlamaCppAtLength(args.work, 1, 4, longest, flash)
-            layer_counts[name] = 1
+            systems[name] = LlamaCppAtLength(args.work, layers, 4, longest, flash, **SMALL)
             bases[name] = LlamaCpp(args.work, base_layers, 4, 256, flash)
 
     short = random_prompt(16)
@@ -113,10 +115,10 @@ def main():
     for positions in args.positions:
         row = {"positions": positions}
         for name, step in at(positions).items():
-            added = (step - empty[name]) / layer_counts[name] * 1000
+            added = (step - empty[name]) / layers * 1000
             row[name] = {
                 "milliseconds_added_per_layer": added,
-                "cache_bytes_per_layer_and_position": systems[name].cache_bytes // layer_counts[name] // positions,
+                "cache_bytes_per_layer_and_position": systems[name].cache_bytes,
             }
             if name in base:
                 decode = 1000 * base[name] + base_layers * added
@@ -125,7 +127,7 @@ def main():
         if peers:
             row["decode_ratio"] = min(peers) / row["this"]["decode_ms"]
         rows.append(row)
-    report({"layers": layer_counts, "base_ms": {n: 1000 * s for n, s in base.items()}, "rows": rows}, args.output)
+    report({"layers": layers, "base_ms": {n: 1000 * s for n, s in base.items()}, "rows": rows}, args.output)
 
 
 if __name__ == "__main__":

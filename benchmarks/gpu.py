@@ -1,87 +1,119 @@
 """
-Decoding on a GPU in the ChatGLM2-6B shape: tokens per second at several lengths of context in bfloat16, INT8 and INT4, as a
-share of what the memory's bandwidth allows, and peak memory.
+Decoding on a GPU in the ChatGLM2-6B shape: tokens per second at several lengths of context, as a share of what the memory's
+bandwidth allows, and peak memory; in bfloat16 with each attention implementation that is installed and with a static cache
+(compiled, with CUDA graphs), in INT8 and INT4. And how far each implementation's logits are from eager float32.
 
-    python -m benchmarks.gpu --output gpu.json
+    python -m benchmarks.gpu --output benchmarks/results/gpu.json
+    python -m benchmarks.gpu --device cpu --quick        # to see that it runs
 
-Weights are random. The kernels' correctness on the GPU is what tests/test_quantization_kernels.py checks there.
+Weights are random. That the INT4 and INT8 kernels are right on the GPU is what tests/test_quantization_kernels.py checks.
 """
 
-import argparse
-import statistics
 import sys
-import time
-from pathlib import Path
 
 import torch
+from transformers import AutoConfig, AutoModel
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
-from .decode import Clock, describe_machine, prepared, report, weight_bytes
+from .decode import weight_bytes
+from .measure import Clock, options, report, seconds
 from .random_checkpoint import ROOT, load, write_checkpoint
+from .systems import prepared, random_prompt
 
 
-def synchronize(device: torch.device):
+def attention_implementations(device: torch.device) -> list[str]:
+    names = ["sdpa", "flex_attention"]
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        names += ["flash_attention_2"] * is_flash_attn_2_available() + [
+            "flash_attention_3"
+        ] * is_flash_attn_3_available()
+    return names
 
 
 def copy_bandwidth(device: torch.device) -> float:
     """GB/s of reading and writing, as a copy on the device does."""
     source = torch.empty(1 << 28, device=device)
     target = torch.empty_like(source)
-    seconds = []
-    for _ in range(10):
-        synchronize(device)
-        start = time.perf_counter()
+
+    def copy():
         target.copy_(source)
-        synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return 2 * source.nbytes / min(seconds) / 1e9
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    copy()
+    return 2 * source.nbytes / min(seconds(copy) for _ in range(10)) / 1e9
 
 
-def measure(model, positions: int, tokens: int) -> dict:
+@torch.no_grad()
+def logit_errors(device: torch.device, length: int) -> dict[str, float]:
+    """Largest difference from the logits of eager float32, of their largest, with 2 layers in bfloat16."""
+    sizes = dict(num_layers=2, padded_vocab_size=1024)
+    config = AutoConfig.from_pretrained(ROOT, trust_remote_code=True, **sizes)
+    torch.manual_seed(0)
+    model = AutoModel.from_config(config, trust_remote_code=True, dtype=torch.float32).eval().to(device)
+    ids = torch.randint(0, 1024, (1, length), device=device)
+    model.set_attn_implementation("eager")
+    expected = model(ids, logits_to_keep=256).logits
+    model = model.bfloat16()
+    errors = {}
+    for name in ["eager", *attention_implementations(device)]:
+        model.set_attn_implementation(name)
+        difference = (model(ids, logits_to_keep=256).logits - expected).abs().max()
+        errors[name] = float(difference / expected.abs().max())
+    return errors
+
+
+def measure(model, positions: int, tokens: int, **kwargs) -> dict:
     """Times `generate` of the last `tokens` of so many positions."""
     device = model.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    ids = torch.randint(100, 60000, (1, positions - tokens), device=device)
-    options = dict(max_new_tokens=tokens, do_sample=False, prefill_chunk_size=2048)
+    ids = torch.tensor([random_prompt(positions - tokens)], device=device)
     clock = Clock()
-    model.generate(ids, attention_mask=torch.ones_like(ids), streamer=clock, **options)
-    seconds = statistics.median(b - a for a, b in zip(clock.times[1:], clock.times[2:]))
+    model.generate(
+        ids, attention_mask=torch.ones_like(ids), streamer=clock, max_new_tokens=tokens, do_sample=False, **kwargs
+    )
     peak = torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
-    return {"positions": positions, "tokens_s": 1 / seconds, "peak_gb": peak}
+    return {"positions": positions, "tokens_s": 1 / clock.step_seconds(), "peak_gb": peak}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, rounds=1)
     parser.add_argument("--device", type=torch.device, default="cuda")
     parser.add_argument("--layers", type=int, default=28)
-    parser.add_argument("--positions", type=int, nargs="*", default=[2048 + 64, 8192, 32768])
+    parser.add_argument("--positions", type=int, nargs="*", default=[2048, 8192, 32768])
     parser.add_argument("--tokens", type=int, default=64, help="tokens to generate at each length")
-    parser.add_argument("--work", type=Path, default=ROOT / "build/benchmarks", help="where the weights are written")
-    parser.add_argument("--output", type=Path, help="JSON file for the figures")
     args = parser.parse_args()
     if args.device.type == "cuda" and not torch.cuda.is_available():
         raise SystemExit("torch finds no CUDA device: install its CUDA build, or choose another with --device.")
+    error_length = 4096
+    if args.quick:
+        args.layers, args.positions, args.tokens, error_length = 1, [64], 4, 64
 
     bandwidth = copy_bandwidth(args.device)
     name = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else str(args.device)
-    result = {"device": name, "machine": describe_machine(), "layers": args.layers, "bandwidth_gb_s": bandwidth}
-    for bits in (None, 8, 4):
-        folder = prepared(
-            args.work / f"{f'int{bits}' if bits else 'bf16'}-{args.layers}", write_checkpoint, args.layers, bits
-        )
+    rows = []
+    for precision, bits in (("bfloat16", None), ("int8", 8), ("int4", 4)):
+        folder = args.work / f"{f'int{bits}' if bits else 'bf16'}-{args.layers}"
+        quantization = {"quantize_embeddings": True} if bits else {}
+        prepared(folder, write_checkpoint, layers=args.layers, bits=bits, **quantization)
         model = load(folder, dtype=torch.bfloat16, device=args.device)
         limit = bandwidth * 1e9 / weight_bytes(model)
-        measure(model, 128, 16)  # compiles the kernels
-        rows = [measure(model, positions, args.tokens) for positions in args.positions]
-        for row in rows:
-            row["share_of_limit"] = row["tokens_s"] / limit
-            print(bits or "bfloat16", row, file=sys.stderr)
-        result[f"int{bits}" if bits else "bfloat16"] = rows
+        ways = [(name, {}) for name in (attention_implementations(args.device) if bits is None else ["sdpa"])]
+        ways.append(("sdpa", {"cache_implementation": "static"}))
+        for implementation, kwargs in ways:
+            model.set_attn_implementation(implementation)
+            for positions in args.positions:
+                measure(model, positions, args.tokens, **kwargs)  # compiles
+                row = measure(model, positions, args.tokens, **kwargs)
+                row = {"precision": precision, "attention": implementation, **kwargs, **row}
+                rows.append({**row, "share_of_limit": row["tokens_s"] / limit})
+                print(rows[-1], file=sys.stderr, flush=True)
         del model
-        torch.cuda.empty_cache()
-    report(result, args.output)
+        if args.device.type == "cuda":
+            torch.cuda.empty_cache()
+    result = {"device": name, "layers": args.layers, "bandwidth_gb_s": bandwidth, "rows": rows}
+    report({**result, "logit_errors": logit_errors(args.device, error_length)}, args.output)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What the benchmarks measure with: clocks, memory, the machine, and where the figures go."""
 
 import argparse
+import importlib.util
 import json
 import platform
 import statistics
@@ -8,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -18,6 +20,7 @@ from .random_checkpoint import ROOT
 
 
 SHARED = ROOT.parent / "shared/data"
+PEERS = {"llama-cpp-python": "llama_cpp", "bitsandbytes": "bitsandbytes"}  # packages, and their modules
 
 
 def options(description: str, rounds: int) -> argparse.ArgumentParser:
@@ -125,4 +128,5 @@ def describe_machine() -> dict:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        "peers": {name: version(name) for name in PEERS if importlib.util.find_spec(PEERS[name])},
     }

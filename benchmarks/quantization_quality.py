@@ -8,9 +8,7 @@ layers are quantized, embedding and output layer are not. Activations are left a
 are no multiple of 32: for groups, they are filled up with zeros, rounded, and cut off again.
 """
 
-import argparse
 import inspect
-import json
 import math
 import random
 import sys
@@ -24,8 +22,8 @@ from transformers import AutoModel, AutoTokenizer
 
 from training.train_tiny import PackedDialogues, read_corpora
 
-from .decode import describe_machine
-from .random_checkpoint import ROOT, TINY
+from .measure import SHARED, options, report
+from .random_checkpoint import TINY
 
 
 BLOCKS_AT_ONCE = 8
@@ -66,13 +64,16 @@ def measure(model, batches: list[dict], reference: list[torch.Tensor]) -> dict[s
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, rounds=1)
     parser.add_argument("--model", type=Path, default=TINY)
-    parser.add_argument("--corpora", type=Path, default=ROOT.parent / "shared/data/corpora")
+    parser.add_argument("--corpora", type=Path, default=SHARED / "corpora")
     parser.add_argument("--calibration", type=int, default=128, help="blocks of 256 tokens to calibrate with")
     parser.add_argument("--blocks", type=int, default=160, help="blocks of 256 tokens to measure on")
-    parser.add_argument("--output", type=Path, help="JSON file for the figures")
     args = parser.parse_args()
+    if args.quick:
+        args.calibration = args.blocks = 1
+    if not args.corpora.is_dir():
+        raise SystemExit(f"{args.corpora} is missing: give it with --corpora.")
 
     tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=True)
     train, held_out = read_corpora(args.corpora)
@@ -82,8 +83,8 @@ def main():
     def load(**kwargs):
         return AutoModel.from_pretrained(args.model, trust_remote_code=True, dtype=torch.float32, **kwargs).eval()
 
-    def ours(bits: int, **options):
-        return lambda: load().quantize(bits, exact_activations=True, **options)
+    def ours(bits: int, **kwargs):
+        return lambda: load().quantize(bits, exact_activations=True, **kwargs)
 
     def rounded(round_weight):
         """Replaces each weight by what is left of it; for formats that have no layer of our own."""
@@ -128,9 +129,6 @@ def main():
     reference = log_probabilities(model, batches)
     exact = measure(model, batches, reference)
     results = {"not quantized": exact}
-    print("| | perplexity | loss added, of the published rule's | divergence | of the published rule's |")
-    print("|---|---|---|---|---|")
-    print(f"| not quantized | {exact['perplexity']:.2f} | | | |")
     for name, way in ways.items():
         start = time.perf_counter()
         model = way()
@@ -140,10 +138,8 @@ def main():
         published = results.get("INT4, published rule", row)
         loss_share = (row["loss"] - exact["loss"]) / (published["loss"] - exact["loss"])
         row["loss_share"], row["divergence_share"] = loss_share, row["divergence"] / published["divergence"]
-        shares = ("", "") if "INT8" in name else (f"{loss_share:.0%}", f"{row['divergence_share']:.0%}")
-        print(f"| {name} | {row['perplexity']:.2f} | {shares[0]} | {row['divergence']:.4f} | {shares[1]} |", flush=True)
-    if args.output:
-        args.output.write_text(json.dumps({"machine": describe_machine(), "results": results}, indent=2) + "\n")
+        print(f"  {name}: {row}", file=sys.stderr, flush=True)
+    report({"results": results}, args.output)
 
 
 if __name__ == "__main__":

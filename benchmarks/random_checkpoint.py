@@ -80,12 +80,17 @@ def load(folder: Path, **kwargs):
     return model
 
 
-def write_gguf(path: Path, layers: int = 28, bits: int = 4):
-    """Writes llama.cpp's file of the same shape: Q4_0 with a head in Q6_K, as its tools do, or Q8_0. Needs `gguf`."""
+def write_gguf(path: Path, layers: int = 28, bits: int = 4, **sizes):
+    """
+    Writes llama.cpp's file of the same shape: Q4_0 with a head in Q6_K, as its tools do, or Q8_0. Needs `gguf`.
+
+    Args:
+        sizes: Fields of config.json that are to be others.
+    """
     import gguf
     import numpy as np
 
-    config = json.loads((ROOT / "config.json").read_text())
+    config = {**json.loads((ROOT / "config.json").read_text()), **sizes}
     hidden, ffn, heads = config["hidden_size"], config["ffn_hidden_size"], config["num_attention_heads"]
     groups, vocabulary, head_dim = config["multi_query_group_num"], config["padded_vocab_size"], config["kv_channels"]
     body = gguf.GGMLQuantizationType.Q4_0 if bits == 4 else gguf.GGMLQuantizationType.Q8_0

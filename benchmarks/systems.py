@@ -15,8 +15,8 @@ from .measure import Clock, PeakMemory
 from .random_checkpoint import load, write_checkpoint, write_gguf
 
 
-def random_prompt(tokens: int, seed: int = 0) -> list[int]:
-    return torch.randint(100, 60000, (tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
+def random_prompt(tokens: int, seed: int = 0, vocabulary: int = 60000) -> list[int]:
+    return torch.randint(100, vocabulary, (tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 class Ours:
@@ -82,16 +82,17 @@ class Glm:
 class LlamaCpp:
     """llama.cpp, through llama-cpp-python's `eval`, without sampling."""
 
-    def __init__(self, work: Path, layers: int, bits: int, context: int, flash_attention: bool = False):
+    def __init__(self, work: Path, layers: int, bits: int, context: int, flash_attention: bool = False, **sizes):
         import llama_cpp
 
-        path = prepared(work / f"int{bits}-{layers}.gguf", write_gguf, layers=layers, bits=bits)
+        name = "-".join(map(str, [f"int{bits}", layers, *sizes.values()]))
+        path = prepared(work / f"{name}.gguf", write_gguf, layers=layers, bits=bits, **sizes)
         threads = torch.get_num_threads()
         self.model = llama_cpp.Llama(
             str(path), n_ctx=context, n_threads=threads, n_threads_batch=threads, n_batch=512, n_ubatch=512,
             flash_attn=flash_attention, verbose=False,
         )  # fmt: skip
-        self.run(random_prompt(16), 4)
+        self.run(random_prompt(16, vocabulary=1000), 4)
 
     def run(self, prompt: list[int], tokens: int) -> tuple[float, float]:
         self.model.reset()  # forgets the cache

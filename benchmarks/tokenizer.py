@@ -7,23 +7,19 @@ Python class, each piece looked up by itself.
 Texts are the questions of GSM8K and C-Eval. Both tokenizers take turns; reported are medians, and their ratio.
 """
 
-import argparse
 import csv
 import json
-import platform
 import statistics
-import time
+from functools import partial
 from pathlib import Path
 
 import sentencepiece
 import tokenizers
-import transformers
 from transformers import PythonBackend
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-
-ROOT = Path(__file__).resolve().parent.parent
-SHARED = ROOT.parent / "shared/data"
+from .measure import SHARED, in_turn, options, report, seconds
+from .random_checkpoint import ROOT
 
 
 class SlowTokenizer(PythonBackend):
@@ -79,33 +75,22 @@ def read_texts(data: Path) -> dict[str, list[str]]:
     return {"GSM8K": gsm8k, "C-Eval": ceval}
 
 
-def measure(functions: dict, rounds: int) -> dict[str, float]:
-    """Calls each function in turn, `rounds` times; returns the median seconds of each."""
-    seconds = {name: [] for name in functions}
-    for _ in range(rounds):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            function()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
-
-
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, rounds=7)
     parser.add_argument("--tokenizer", type=Path, default=SHARED / "tokenizer/tokenizer.model")
     parser.add_argument("--data", type=Path, default=SHARED / "eval")
-    parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
+    if args.quick:
+        args.rounds = 1
     for path in (args.tokenizer, args.data):
         if not path.exists():
             raise SystemExit(f"{path} is missing: give it with --tokenizer or --data.")
 
     fast = get_class_from_dynamic_module("tokenization_chatglm.ChatGLMTokenizer", ROOT)(args.tokenizer)
     slow = SlowTokenizer(args.tokenizer)
-    print(f"transformers {transformers.__version__}, tokenizers {tokenizers.__version__}, ", end="")
-    print(f"sentencepiece {sentencepiece.__version__}, Python {platform.python_version()}, {platform.machine()}")
-    print("| text | | slow, Mtokens/s | this, Mtokens/s | ratio |\n|---|---|---|---|---|")
+    rows = []
     for name, texts in read_texts(args.data).items():
+        texts = texts[:20] if args.quick else texts
         ids = [fast.encode(text, add_special_tokens=False) for text in texts]
         assert ids == [slow.encode(text, add_special_tokens=False) for text in texts]
         tokens = sum(map(len, ids)) / 1e6
@@ -115,10 +100,11 @@ def main():
             "batch, padded": lambda tokenizer, texts=texts: tokenizer(texts, padding=True),
             "decode": lambda tokenizer, ids=ids: [tokenizer.decode(i, skip_special_tokens=True) for i in ids],
         }.items():
-            seconds = measure({"slow": lambda call=call: call(slow), "fast": lambda call=call: call(fast)}, args.rounds)
-            rates = {tokenizer: tokens / s for tokenizer, s in seconds.items()}
-            ratio = rates["fast"] / rates["slow"]
-            print(f"| {name} | {task} | {rates['slow']:.2f} | {rates['fast']:.2f} | {ratio:.1f} |")
+            runs = {"slow": partial(seconds, partial(call, slow)), "this": partial(seconds, partial(call, fast))}
+            rates = {system: tokens / statistics.median(s) for system, s in in_turn(runs, args.rounds).items()}
+            rows.append({"text": name, "task": task, **rates, "ratio": rates["this"] / rates["slow"]})
+    versions = {"tokenizers": tokenizers.__version__, "sentencepiece": sentencepiece.__version__}
+    report({"versions": versions, "rows": rows}, args.output)
 
 
 if __name__ == "__main__":

@@ -320,6 +320,12 @@ def test_caches_that_do_not_belong(small_model):
         model(step, past_key_values=on_meta)
     with pytest.raises(ValueError, match="room for 5 tokens, and 6 would be in it"):
         model(ids, past_key_values=StaticCache(config=model.config, max_cache_len=5))
+    static = StaticCache(config=model.config, max_cache_len=5)
+    with pytest.raises(ValueError, match="room for 5 tokens, and 6 would be in it"):
+        model.generate(ids, past_key_values=static, prefill_chunk_size=2, max_new_tokens=1)
+    assert static.get_seq_length() == 0
+    with pytest.raises(ValueError, match="prefill_chunk_size must be at least 1, got 0"):
+        model.generate(ids, prefill_chunk_size=0, max_new_tokens=1)
 
 
 def test_attention_that_is_not_installed(small_model, chatglm, tmp_path):

@@ -722,11 +722,13 @@ def test_one_token_with_a_mask_for_each_head(small_model):
     close(outputs["sdpa"], outputs["eager"])
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("new", [1, 4])
 @pytest.mark.parametrize("masked", [False, True])
-def test_one_token_attends_as_eager(small_model, masked):
-    """sdpa folds the heads of a group into one product for a single token."""
-    model = small_model(multi_query_group_num=2)
-    ids = random_ids(model, 2, 9)
+def test_sdpa_of_groups_equals_eager(small_model, masked, new, dtype):
+    """Without copies of keys and values: a single token, and on the CPU several."""
+    model = small_model(multi_query_group_num=2).to(dtype)
+    ids = random_ids(model, 2, 12)
     mask = torch.ones_like(ids)
     if masked:
         mask[0, :3] = 0
@@ -734,9 +736,10 @@ def test_one_token_attends_as_eager(small_model, masked):
     for implementation in ("eager", "sdpa"):
         model.set_attn_implementation(implementation)
         with torch.no_grad():
-            cache = model(ids[:, :-1], attention_mask=mask[:, :-1], use_cache=True).past_key_values
-            logits[implementation] = model(ids[:, -1:], attention_mask=mask, past_key_values=cache).logits
-    close(logits["sdpa"], logits["eager"])
+            cache = model(ids[:, :-new], attention_mask=mask[:, :-new], use_cache=True).past_key_values
+            logits[implementation] = model(ids[:, -new:], attention_mask=mask, past_key_values=cache).logits
+    error = (logits["sdpa"] - logits["eager"]).abs().max() / logits["eager"].abs().max()
+    assert error < 16 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

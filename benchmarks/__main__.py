@@ -1,0 +1,54 @@
+"""
+Runs the benchmarks one after another, each in a process of its own, and writes figures, tables and plots.
+
+    python -m benchmarks                    # all of them: an hour, 40 GB of disk and 16 GB of memory for the 6B shape
+    python -m benchmarks decode rounds      # some of them
+    python -m benchmarks --quick            # one layer and short texts, to see that they run: 3 minutes
+
+Figures go to benchmarks/results, plots and tables to docs/; with --quick to build/benchmarks/quick instead.
+"""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+from .measure import SHARED
+from .random_checkpoint import ROOT
+
+
+NAMES = ["tokenizer", "quantization_quality", "decode", "attention", "prompts", "rounds", "batching"]
+NEED_DATA = ["tokenizer", "quantization_quality"]  # texts that are not part of this repository
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(NAMES)}; all of them by default")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--work", type=Path, default=ROOT / "build/benchmarks", help="where weights are written")
+    args = parser.parse_args()
+    unknown = set(args.names) - set(NAMES)
+    if unknown:
+        parser.error(f"there is no benchmark {', '.join(sorted(unknown))}: choose from {', '.join(NAMES)}")
+    results, docs = ROOT / "benchmarks/results", ROOT / "docs"
+    if args.quick:
+        results = docs = args.work / "quick"
+    failed = []
+    for name in args.names or NAMES:
+        if name in NEED_DATA and not SHARED.is_dir():
+            print(f"{name} is left out: its texts are not at {SHARED}.", file=sys.stderr)
+            continue
+        print(f"== {name}", file=sys.stderr, flush=True)
+        command = [sys.executable, "-m", f"benchmarks.{name}", "--output", str(results / f"{name}.json")]
+        command += ["--work", str(args.work), *(["--quick"] if args.quick else [])]
+        if subprocess.run(command, cwd=ROOT).returncode:
+            failed.append(name)
+    command = [sys.executable, "-m", "benchmarks.present", "--results", str(results), "--docs", str(docs)]
+    if subprocess.run(command, cwd=ROOT).returncode:
+        failed.append("present")
+    if failed:
+        raise SystemExit(f"Failed: {', '.join(failed)}. What they printed is above.")
+
+
+if __name__ == "__main__":
+    main()

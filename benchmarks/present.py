@@ -1,0 +1,394 @@
+"""
+Makes what people look at of the figures: docs/benchmarks.md with a table and a plot of each, and the summary in README.md.
+
+    python -m benchmarks.present
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+from .random_checkpoint import ROOT
+
+
+OURS, PEER, OTHERS = "#1f6fb4", "#b0b0b0", ["#d98032", "#6a9f58", "#8d6cab", "#b5544d"]
+
+
+def table(header: list[str], rows: list[list]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def peer_of(result: dict) -> str | None:
+    return next((name for name in ("llama.cpp", "GlmForCausalLM") if name in result), None)
+
+
+PRECISION_NAMES = {"float32": "float32", "bfloat16": "bfloat16", "int8": "INT8", "int4": "INT4"}
+
+
+def decode_rows(figures: dict) -> list[tuple[str, dict]]:
+    rows = [(name, figures[key]) for key, name in PRECISION_NAMES.items() if key in figures]
+    return [(f"{name}, {r['layers']} layers" if name == "float32" else name, r) for name, r in rows]
+
+
+def decode_text(figures: dict) -> str:
+    rows = []
+    for name, result in decode_rows(figures):
+        peer = peer_of(result)
+        for figure, label in (("decode_tokens_s", "decoding"), ("prefill_tokens_s", f"prompt of {figures['prompt']}")):
+            theirs = [f"{peer} {result[peer][figure]:.2f}", f"{result['ratio'][figure]:.2f}"] if peer else ["", ""]
+            rows.append([name, label, f"{result['this'][figure]:.2f}", *theirs])
+    speed = table(["", "tokens per second", "this", "beside", "ratio"], rows)
+    rows = [
+        [
+            name,
+            f"{r['load_seconds']:.1f}",
+            f"{r['weights_gb']:.1f}",
+            f"{r['anonymous_gb']:.2f}",
+            f"{r['read_gb_s']:.1f}",
+            f"{r['bandwidth_gb_s']:.1f}",
+            f"{max(r['share_outside_products'], 0):.0%}",
+        ]
+        for name, r in decode_rows(figures)
+    ]
+    header = [
+        "",
+        "load, s",
+        "weights, GB",
+        "anonymous memory, GB",
+        "weights read, GB/s",
+        "memory gives, GB/s",
+        "of a step outside of products",
+    ]
+    text = f"{speed}\n\n{table(header, rows)}\n\n"
+    text += (
+        "All 28 layers of the 6B shape (float32: fewer, as all would take 25 GB), random weights, through `generate`. "
+        "INT8 and INT4 have embedding and output layer in INT8 and are beside Q8_0 and Q4_0 (head in Q6_K), the others "
+        "beside the same weights in `GlmForCausalLM`. Anonymous memory is the peak while loading and answering once; "
+        "weights stay mapped from the file, except where they are cast (float32)."
+    )
+    if "bfloat16_prefill" in figures:
+        ratios = figures["bfloat16_prefill"]["ratios"]
+        text += f" A prompt in bfloat16 takes {ratios['torch']:.1f} times as long with torch's own products, and "
+        text += f"{list(ratios.values())[-1]:.1f} times where those cannot use oneDNN."
+    return text
+
+
+def decode_plot(figures: dict, plt):
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
+    rows = decode_rows(figures)
+    for axis, key, title in zip(axes, ("decode_tokens_s", "prefill_tokens_s"), ("Decoding", "Prompt")):
+        for i, (_, result) in enumerate(rows):
+            peer = peer_of(result)
+            axis.bar(i - 0.2, result["this"][key], 0.4, color=OURS, label="this package" if i == 0 else None)
+            if peer:
+                label = {"GlmForCausalLM": "GlmForCausalLM (Transformers)"}.get(peer, peer)
+                shown = axis.get_legend_handles_labels()[1]
+                color = PEER if peer == "GlmForCausalLM" else OTHERS[0]
+                axis.bar(i + 0.2, result[peer][key], 0.4, color=color, label=None if label in shown else label)
+                top = max(result["this"][key], result[peer][key])
+                axis.text(i, top, f"{result['ratio'][key]:.2f}x", ha="center", va="bottom")
+        axis.set_xticks(range(len(rows)), [name.replace(", ", "\n") for name, _ in rows])
+        axis.set(title=title, ylabel="tokens per second")
+        axis.margins(y=0.15)
+    axes[0].legend()
+    return figure
+
+
+def attention_text(figures: dict) -> str:
+    names = [name for name in figures["rows"][0] if isinstance(figures["rows"][0][name], dict)]
+    rows = [
+        [f"{row['positions']:,}", *(f"{row[name]['milliseconds_added_per_layer']:.1f}" for name in names)]
+        for row in figures["rows"]
+    ]
+    text = "Milliseconds that attention adds to a step of decoding in each layer:\n\n" + table(
+        ["positions", *names], rows
+    )
+    bytes_of = {name: figures["rows"][-1][name]["cache_bytes_per_layer_and_position"] for name in names}
+    text += "\n\nBytes of cache for each position and layer: "
+    text += ", ".join(f"{name} {size:,}" for name, size in bytes_of.items()) + "."
+    base = list(figures["base_ms"])
+    if len(base) > 1:
+        rows = [
+            [f"{row['positions']:,}"]
+            + [f"{row[name]['decode_ms']:.0f} (+{row[name]['attention_added']:.0%})" for name in base]
+            + [f"{row['decode_ratio']:.2f}"]
+            for row in figures["rows"]
+        ]
+        text += (
+            "\n\nWhat that makes of a step of INT4 with 28 layers, in milliseconds, and what attention adds to it:\n\n"
+        )
+        text += table(["positions", *base, "ratio to the faster"], rows)
+    return text
+
+
+def attention_plot(figures: dict, plt):
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
+    rows = figures["rows"]
+    positions = [row["positions"] for row in rows]
+    names = [name for name in rows[0] if isinstance(rows[0][name], dict)]
+    for name, color in zip(names, [OURS, *OTHERS]):
+        added = [row[name]["milliseconds_added_per_layer"] for row in rows]
+        axes[0].plot(positions, added, marker="o", color=color, label=name)
+        if name in figures["base_ms"]:
+            speed = [1000 / row[name]["decode_ms"] for row in rows]
+            axes[1].plot(positions, speed, marker="o", color=color, label=name)
+    axes[0].set(title="Attention adds to a step", ylabel="milliseconds per layer", yscale="symlog")
+    axes[1].set(title="Decoding, INT4, 28 layers", ylabel="tokens per second")
+    axes[1].set_ylim(bottom=0)
+    for axis in axes:
+        axis.set(xlabel="positions", xscale="log")
+        axis.set_xticks(positions, [f"{n:,}" for n in positions])
+        axis.minorticks_off()
+        axis.legend()
+    return figure
+
+
+def prompts_text(figures: dict) -> str:
+    rows = []
+    for row in figures["rows"]:
+        cells = [f"{row['tokens']:,}"]
+        for way in ("in chunks", "whole"):
+            result = row.get(way)
+            cells += (
+                [f"{result['seconds']:.1f}", f"{result['peak_gb_above_weights_and_cache']:.2f}"] if result else ["", ""]
+            )
+        rows.append(cells)
+    text = table(["tokens", "in chunks, s", "GB", "whole, s", "GB"], rows)
+    return text + (
+        f"\n\n{figures['layers']} layers of the 6B shape in INT4 with float32 activations; GB are the peak above weights and "
+        "cache, which does not depend on the number of layers."
+    )
+
+
+def prompts_plot(figures: dict, plt):
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
+    for way, color in (("in chunks", OURS), ("whole", OTHERS[0])):
+        rows = [row for row in figures["rows"] if way in row]
+        tokens = [row["tokens"] for row in rows]
+        axes[0].plot(
+            tokens, [row[way]["peak_gb_above_weights_and_cache"] for row in rows], marker="o", color=color, label=way
+        )
+        speed = [row["tokens"] / row[way]["seconds"] for row in rows]
+        axes[1].plot(tokens, speed, marker="o", color=color, label=way)
+    axes[0].set(title="Peak memory above weights and cache", ylabel="GB")
+    axes[1].set(title=f"Speed, {figures['layers']} layers", ylabel="tokens per second")
+    for axis in axes:
+        axis.set(xlabel="tokens of prompt")
+        axis.set_ylim(bottom=0)
+        axis.legend()
+    return figure
+
+
+def rounds_text(figures: dict) -> str:
+    rows = [
+        [f"{r['history_tokens']:,}", f"{r['encoded_again_s']:.1f}", f"{r['with_cache_s']:.2f}", f"{r['ratio']:.0f}"]
+        for r in figures["rows"]
+    ]
+    header = ["tokens of history", "encoded again, s", "with the cache, s", "ratio"]
+    return f"Time to the first token of the next answer, {figures['layers']} layers, INT4:\n\n" + table(header, rows)
+
+
+def rounds_plot(figures: dict, plt):
+    figure, axis = plt.subplots(figsize=(6, 4))
+    rows = figures["rows"]
+    for i, row in enumerate(rows):
+        axis.bar(i - 0.2, row["encoded_again_s"], 0.4, color=PEER, label=None if i else "history encoded again")
+        axis.bar(i + 0.2, row["with_cache_s"], 0.4, color=OURS, label=None if i else "with the cache")
+        axis.text(i, row["encoded_again_s"], f"{row['ratio']:.0f}x", ha="center", va="bottom")
+    axis.set_xticks(range(len(rows)), [f"{row['history_tokens']:,}" for row in rows])
+    axis.set(title="Time to the first token", xlabel="tokens of history", ylabel="seconds", yscale="log")
+    axis.margins(y=0.15)
+    axis.legend()
+    return figure
+
+
+def batching_text(figures: dict) -> str:
+    ways = list(figures["rows"][0]["tokens_s"])
+    rows = [
+        [r["requests"], *(f"{r['tokens_s'][way]:.1f} ({r['ratio'][way]:.2f})" for way in ways)] for r in figures["rows"]
+    ]
+    text = f"Tokens per second of all requests together, prompts included, {figures['layers']} layers, INT4 "
+    return text + "(and the ratio to one by one):\n\n" + table(["requests", *ways], rows)
+
+
+def batching_plot(figures: dict, plt):
+    figure, axis = plt.subplots(figsize=(6, 4))
+    requests = [row["requests"] for row in figures["rows"]]
+    for way, color in zip(figures["rows"][0]["tokens_s"], [PEER, OTHERS[0], OURS]):
+        axis.plot(requests, [row["tokens_s"][way] for row in figures["rows"]], marker="o", color=color, label=way)
+    axis.set(title="Throughput", xlabel="requests", ylabel="tokens per second", xscale="log")
+    axis.set_xticks(requests, requests)
+    axis.minorticks_off()
+    axis.set_ylim(bottom=0)
+    axis.legend()
+    return figure
+
+
+def tokenizer_text(figures: dict) -> str:
+    rows = [
+        [r["text"], r["task"], f"{r['slow']:.2f}", f"{r['this']:.2f}", f"{r['ratio']:.1f}"] for r in figures["rows"]
+    ]
+    text = "Beside one that works as the published does: SentencePiece behind the library's Python class.\n\n"
+    return text + table(["text", "", "slow, Mtokens/s", "this, Mtokens/s", "ratio"], rows)
+
+
+def tokenizer_plot(figures: dict, plt):
+    figure, axis = plt.subplots(figsize=(8, 4))
+    rows = figures["rows"]
+    for i, row in enumerate(rows):
+        axis.bar(i - 0.2, row["slow"], 0.4, color=PEER, label=None if i else "as published")
+        axis.bar(i + 0.2, row["this"], 0.4, color=OURS, label=None if i else "this package")
+        axis.text(i, max(row["slow"], row["this"]), f"{row['ratio']:.1f}x", ha="center", va="bottom")
+    axis.set_xticks(range(len(rows)), [f"{row['text']}\n{row['task']}".replace(", ", ",\n") for row in rows])
+    axis.set(title="Tokenizer", ylabel="million tokens per second")
+    axis.margins(y=0.15)
+    axis.legend()
+    return figure
+
+
+def quantization_quality_text(figures: dict) -> str:
+    rows = [[name, f"{r['perplexity']:.2f}", f"{r['divergence']:.4f}"] for name, r in figures["results"].items()]
+    text = "Of `checkpoints/tiny` on held-out text; divergence (KL) from the model as it was:\n\n"
+    return text + table(["", "perplexity", "divergence"], rows)
+
+
+def quantization_quality_plot(figures: dict, plt):
+    figure, axis = plt.subplots(figsize=(8, 4))
+    results = {name: r for name, r in figures["results"].items() if name != "not quantized"}
+    colors = [PEER if "bitsandbytes" in name else OURS for name in results]
+    axis.barh(list(results), [r["divergence"] for r in results.values()], color=colors)
+    for i, result in enumerate(results.values()):
+        axis.text(result["divergence"], i, f" perplexity {result['perplexity']:.2f}", va="center")
+    exact = figures["results"]["not quantized"]["perplexity"]
+    axis.set(title=f"What quantization costs (perplexity without: {exact:.2f})", xlabel="KL divergence")
+    axis.margins(x=0.25)
+    axis.invert_yaxis()
+    return figure
+
+
+# Of each benchmark: the heading, the table, the plot
+SECTIONS = {
+    "decode": ("Loading, prompts and decoding", decode_text, decode_plot),
+    "attention": ("Attention as the context grows", attention_text, attention_plot),
+    "prompts": ("Long prompts", prompts_text, prompts_plot),
+    "rounds": ("Rounds of a dialogue", rounds_text, rounds_plot),
+    "batching": ("Several requests", batching_text, batching_plot),
+    "tokenizer": ("Tokenizer", tokenizer_text, tokenizer_plot),
+    "quantization_quality": ("What quantization costs", quantization_quality_text, quantization_quality_plot),
+}
+
+
+def summary(figures: dict[str, dict]) -> str:
+    """The table of the README: one line for each thing that a user would ask for."""
+    rows = []
+    for precision in ("int4", "int8", "bfloat16"):
+        result = figures.get("decode", {}).get(precision)
+        if result and peer_of(result):
+            for figure, label in (("decode_tokens_s", "decoding"), ("prefill_tokens_s", "prompt of 512")):
+                this, peer = result["this"][figure], peer_of(result)
+                rows.append(
+                    [
+                        f"{PRECISION_NAMES[precision]}, {label}",
+                        f"{this:.1f} tokens/s",
+                        f"{result['ratio'][figure]:.2f} times {peer}",
+                    ]
+                )
+    for row in figures.get("attention", {}).get("rows", []):
+        if row["positions"] > 8000 and "decode_ratio" in row:
+            speed = 1000 / row["this"]["decode_ms"]
+            rows.append(
+                [
+                    f"INT4, decoding at {row['positions']:,} positions",
+                    f"{speed:.1f} tokens/s",
+                    f"{row['decode_ratio']:.2f} times llama.cpp",
+                ]
+            )
+    if "prompts" in figures:
+        last = figures["prompts"]["rows"][-1]
+        peak = last["in chunks"]["peak_gb_above_weights_and_cache"]
+        rows.append([f"prompt of {last['tokens']:,} tokens, memory", f"{peak:.1f} GB above weights and cache", ""])
+    if "rounds" in figures:
+        last = figures["rounds"]["rows"][-1]
+        rows.append(
+            [
+                f"first token of the next round, {last['history_tokens']:,} tokens of history",
+                f"{last['with_cache_s']:.1f} s",
+                f"{last['ratio']:.0f} times faster than without the cache",
+            ]
+        )
+    if "batching" in figures:
+        last = figures["batching"]["rows"][-1]
+        best = max(last["tokens_s"], key=last["tokens_s"].get)
+        rows.append(
+            [
+                f"{last['requests']} requests, {best}",
+                f"{last['tokens_s'][best]:.1f} tokens/s",
+                f"{last['ratio'][best]:.2f} times one by one",
+            ]
+        )
+    return table(["6B shape", "this", "beside"], rows)
+
+
+def machine(figures: dict) -> str:
+    m = figures["machine"]
+    text = f"{m['threads']} threads of an {m['cpu']} ({m['capability']}), torch {m['torch']}, transformers {m['transformers']}"
+    return text + "".join(f", {name} {version}" for name, version in m.get("peers", {}).items())
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs")
+    args = parser.parse_args()
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot as plt
+    except ImportError:
+        print("matplotlib is not installed: plots are left as they are.", file=sys.stderr)
+        plt = None
+
+    paths = {name: args.results / f"{name}.json" for name in SECTIONS}
+    figures = {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+    (args.docs / "images").mkdir(parents=True, exist_ok=True)
+    page = ["# Benchmarks", ""]
+    page += [
+        "`make bench` measures all of this, and writes this page. Systems that are compared take turns in one run; figures "
+        "are medians. Compare ratios: the rest depends on the machine. Peers that are not installed (extra `bench`) are "
+        "left out. `python -m benchmarks --quick` shows in 3 minutes that everything runs; `python -m benchmarks.gpu` is for "
+        "GPUs.",
+    ]
+    for name, result in figures.items():
+        title, text, plot = SECTIONS[name]
+        image = f"images/{name}.png"
+        page += [
+            "",
+            f"## {title}",
+            "",
+            text(result),
+            "",
+            f"![{title}]({image})",
+            "",
+            f"`benchmarks/{name}.py`, {machine(result)}.",
+        ]
+        if plt is not None:
+            figure = plot(result, plt)
+            figure.tight_layout()
+            figure.savefig(args.docs / image, dpi=100)
+            plt.close(figure)
+    (args.docs / "benchmarks.md").write_text("\n".join(page) + "\n")
+
+    readme = ROOT / "README.md"
+    if args.docs == ROOT / "docs":
+        text = f"<!-- benchmarks -->\n{summary(figures)}\n<!-- /benchmarks -->"
+        readme.write_text(
+            re.sub("<!-- benchmarks -->.*<!-- /benchmarks -->", lambda _: text, readme.read_text(), flags=re.S)
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""GLM's mixed objective: what is cut out is predicted, once, and nothing of it can be seen before."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conftest import ROOT
+
+
+@pytest.fixture(scope="module")
+def objective():
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("objective", ROOT / "training/objective.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def commands(tiny_tokenizer):
+    return {name: tiny_tokenizer.get_command(name) for name in ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")}
+
+
+def restore(sample, commands, eos) -> list[int]:
+    """Puts what is predicted back where it was cut out; for blanks in every order, as which came from where is unknown."""
+    ids = sample.ids
+    if ids[0] == commands["[gMASK]"]:
+        assert ids[1] == commands["sop"] and ids[-1] == eos
+        return [ids[2:-1]]
+    context, spans, span = ids[: sample.context], [], None
+    for token in ids[sample.context :]:
+        if token == commands["sop"]:
+            span = []
+        elif token == commands["eop"]:
+            spans.append(span)
+        else:
+            span.append(token)
+    masks = [i for i, token in enumerate(context) if token in (commands["[MASK]"], commands["[sMASK]"])]
+    assert len(masks) == len(spans)
+    return context, masks, spans
+
+
+texts = st.lists(st.integers(259, 7900), min_size=1, max_size=300)
+
+
+@settings(max_examples=80, deadline=None)
+@given(ids=texts, seed=st.integers(0, 1000), task=st.sampled_from(["blanks", "document"]))
+def test_round_trip(objective, tiny_tokenizer, commands, ids, seed, task):
+    """Every token of a text is there once, as context or to be predicted; labels are the ids they stand beside."""
+    torch.manual_seed(seed)
+    shares = dict.fromkeys(("blanks", "sentences", "document"), 0.0) | {task: 1.0}
+    collator = objective.MixedObjective(tiny_tokenizer, block_size=128, **shares)
+    ids = list(dict.fromkeys(ids))  # each once, so that it is known where a span came from
+    restored = []
+    for sample in collator.samples(ids):
+        assert len(sample.ids) == len(sample.labels) <= 128
+        predicted = [i for i, label in enumerate(sample.labels) if label != -100]
+        assert all(sample.labels[i] == sample.ids[i] for i in predicted)
+        assert predicted and min(predicted) >= sample.context
+        if sample.ids[0] == commands["[gMASK]"]:
+            assert sample.ids[1] == commands["sop"] and sample.ids[-1] == tiny_tokenizer.eos_token_id
+            restored += sample.ids[2:-1]
+            continue
+        context, masks, spans = restore(sample, commands, tiny_tokenizer.eos_token_id)
+        where = {token: i for i, token in enumerate(ids)}
+        spans = sorted(spans, key=lambda span: where[span[0]])  # the order in which they were cut out
+        assert not {token for span in spans for token in span} & set(context)  # nothing leaks
+        for token in context:
+            restored += spans.pop(0) if token == commands["[MASK]"] else [token]
+        # Predicted are the spans and the end of each, and not where they begin
+        sops = [i for i, token in enumerate(sample.ids) if token == commands["sop"]]
+        assert set(predicted) | set(sops) == set(range(sample.context, len(sample.ids)))
+    assert restored == ids
+
+
+def test_shares_hold_over_many_draws(objective, tiny_tokenizer, commands):
+    torch.manual_seed(0)
+    collator = objective.MixedObjective(tiny_tokenizer, block_size=512)
+    ids = list(range(300, 700))
+    drawn = {"blanks": 0, "document": 0}
+    lengths, masked, generated = [], [], []
+    for _ in range(2000):
+        (sample, *_) = collator.samples(ids[:300])
+        if sample.ids[0] == commands["[gMASK]"]:
+            drawn["document"] += 1
+            generated.append((len(sample.ids) - sample.context - 1) / 300)
+        else:
+            drawn["blanks"] += 1
+            _, _, spans = restore(sample, commands, 2)
+            lengths += map(len, spans)
+            masked.append(sum(map(len, spans)) / 300)
+    assert abs(drawn["blanks"] / 2000 - 0.3) < 0.04
+    assert all(share == 0.15 for share in masked)
+    assert abs(sum(lengths) / len(lengths) - 3.0) < 0.2  # Poisson, but never 0, and the last is cut short
+    assert min(generated) >= 0.5 and abs(sum(generated) / len(generated) - 0.75) < 0.02
+    assert set(lengths) >= {1, 2, 3, 4, 5, 6}
+
+
+def test_sentences(objective, tiny_tokenizer, commands):
+    torch.manual_seed(0)
+    collator = objective.MixedObjective(tiny_tokenizer, block_size=256, blanks=0, sentences=1, document=0)
+    text = "今天天气很好。我们去公园吧！The dog ran away. It was late.\nWhy did it go? Nobody knows."
+    ids = tiny_tokenizer.encode(text, add_special_tokens=False)
+    (sample,) = collator.samples(ids)
+    context, masks, spans = restore(sample, commands, 2)
+    assert masks and all(context[i] == commands["[sMASK]"] for i in masks)
+    for span in spans:
+        assert tiny_tokenizer.decode(span).strip() in text
+        assert tiny_tokenizer.decode(span).rstrip()[-1] in "。！.?"
+    # Of a text without sentences enough, a document
+    (sample,) = collator.samples(ids[:5])
+    assert sample.ids[0] == commands["[gMASK]"]
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_nothing_is_seen_that_should_not_be(objective, small_model, tiny_tokenizer, bidirectional):
+    """The loss at each place, in rows of several documents, depends on what comes before in its own document alone."""
+    torch.manual_seed(0)
+    collator = objective.MixedObjective(tiny_tokenizer, block_size=96, bidirectional=bidirectional)
+    documents = [{"input_ids": torch.randint(300, 7900, (n,)).tolist()} for n in (30, 20, 25, 60)]
+    batch = collator(documents)
+    assert batch["input_ids"].shape[0] < 4  # packed
+    model = small_model(padded_vocab_size=8064, seq_length=128)
+    with torch.no_grad():
+        logits = model(**batch, use_cache=False).logits
+        for row in range(len(logits)):
+            starts = (batch["position_ids"][row] == 0).nonzero().flatten().tolist()
+            ends = [*starts[1:], logits.shape[1]]
+            for begin, end in zip(starts, ends):
+                if end - begin < 2:
+                    continue  # padding
+                changed = {name: value[row : row + 1].clone() for name, value in batch.items()}
+                changed["input_ids"][0, :begin] = 5
+                changed["input_ids"][0, end - 1 :] = 5
+                others = model(**changed, use_cache=False).logits[0]
+                torch.testing.assert_close(others[begin : end - 1], logits[row, begin : end - 1])
+    first = batch["labels"] != -100
+    assert not first[batch["position_ids"] == 0].any()
+
+
+def test_same_draws_after_a_restart(objective, tiny_tokenizer):
+    """They come from torch's generator, which the Trainer restores."""
+    collator = objective.MixedObjective(tiny_tokenizer, block_size=64)
+    documents = [{"input_ids": list(range(300, 340))}, {"input_ids": list(range(400, 450))}]
+    torch.manual_seed(1)
+    collator(documents)
+    state = torch.get_rng_state()
+    expected = collator(documents)
+    torch.set_rng_state(state)
+    again = collator(documents)
+    assert all(torch.equal(again[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(blanks=0, document=0), "nor all be 0"),
+        (dict(document=-1), "must not be negative"),
+        (dict(masked_share=1.0), "masked_share must be between 0 and 1, got 1.0"),
+        (dict(mean_span=0), "mean_span must be positive, got 0"),
+        (dict(min_document=2), "min_document must be in"),
+        (dict(block_size=4), "block_size must be at least 16, got 4"),
+    ],
+)
+def test_options_that_cannot_work(objective, tiny_tokenizer, options, message):
+    with pytest.raises(ValueError, match=message):
+        objective.MixedObjective(tiny_tokenizer, **options)

@@ -1,0 +1,226 @@
+"""
+GLM's mixed objective as a data collator (Du et al. 2022, arXiv 2103.10360; Zeng et al. 2022, arXiv 2210.02414).
+
+Each document is turned, at random, into one of three tasks:
+
+- blanks: short spans are cut out, each replaced by `[MASK]`, and follow the text, in shuffled order, as `sop span eop`;
+- sentences: the same with whole sentences and `[sMASK]`;
+- document: `[gMASK] sop` and the text, whose last part is to be generated, and then `</s>`. That is the form of a chat.
+
+Only what was cut out is predicted. In ChatGLM2's form, everything is under one causal mask and has one sequence of positions.
+With `bidirectional=True` the context sees all of itself, as in the first generation. Its positions of two levels are not
+offered: ChatGLM2's rotary embedding has one position a token, so that no checkpoint could use them.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+
+TASKS = ("blanks", "sentences", "document")
+IGNORED = -100  # as a label: not predicted
+END_OF_SENTENCE = re.compile(r"[。！？!?；;…\n.]\s*$")
+
+
+class Sample(NamedTuple):
+    """A document as it is trained on: ids, the label that follows at each place, and how many ids are context."""
+
+    ids: list[int]
+    labels: list[int]
+    context: int
+
+
+@dataclass
+class MixedObjective:
+    """
+    The collator: documents in, packed rows out.
+
+    Args:
+        tokenizer: ChatGLM2's.
+        block_size: Tokens of a row, at most. Longer documents are cut into several.
+        blanks, sentences, document: How often each task is drawn. By default as GLM-130B was trained: 30 % blanks, 70 %
+            document.
+        masked_share: Of the tokens, how many are cut out as blanks or sentences (15 %, both papers).
+        mean_span: Mean length of a blank; lengths are Poisson (3, both papers).
+        min_document: The least share of a document that is to be generated; the share is uniform from this to 1 (a half, GLM).
+        bidirectional: Whether the context sees all of itself. Takes a mask of `[rows, 1, n, n]`.
+
+    Draws come from torch's global generator, which the Trainer restores when it resumes; so no workers load the data.
+    """
+
+    tokenizer: object
+    block_size: int = 512
+    blanks: float = 0.3
+    sentences: float = 0.0
+    document: float = 0.7
+    masked_share: float = 0.15
+    mean_span: float = 3.0
+    min_document: float = 0.5
+    bidirectional: bool = False
+
+    def __post_init__(self):
+        shares = {name: getattr(self, name) for name in TASKS}
+        if min(shares.values()) < 0 or not sum(shares.values()) > 0:
+            raise ValueError(f"The shares of the tasks must not be negative, nor all be 0, got {shares}.")
+        if not 0 < self.masked_share < 1:
+            raise ValueError(f"masked_share must be between 0 and 1, got {self.masked_share}.")
+        if not self.mean_span > 0:
+            raise ValueError(f"mean_span must be positive, got {self.mean_span}.")
+        if not 0 <= self.min_document <= 1:
+            raise ValueError(f"min_document must be in [0, 1], got {self.min_document}.")
+        if self.block_size < 16:
+            raise ValueError(f"block_size must be at least 16, got {self.block_size}.")
+        commands = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
+        self.commands = {name: self.tokenizer.get_command(name) for name in commands}
+
+    def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
+        """
+        Args:
+            examples: With `input_ids`, a document without special tokens, each.
+
+        Returns:
+            `input_ids`, `labels` and `position_ids`, each `[rows, n]`. Positions start at 0 with each document, by which
+            the mask keeps them apart. With `bidirectional`, the `attention_mask` too, true where attended.
+        """
+        samples = [sample for example in examples for sample in self.samples(list(example["input_ids"]))]
+        rows = pack(samples, self.block_size)
+        length = max(sum(len(sample.ids) for sample in row) for row in rows)
+        batch = {
+            "input_ids": torch.full((len(rows), length), self.tokenizer.pad_token_id),
+            "labels": torch.full((len(rows), length), IGNORED),
+            "position_ids": torch.zeros(len(rows), length, dtype=torch.long),
+        }
+        for i, row in enumerate(rows):
+            begin = 0
+            for sample in row:
+                end = begin + len(sample.ids)
+                batch["input_ids"][i, begin:end] = torch.tensor(sample.ids)
+                batch["labels"][i, begin:end] = torch.tensor(sample.labels)
+                batch["position_ids"][i, begin:end] = torch.arange(end - begin)
+                begin = end
+        if self.bidirectional:
+            batch["attention_mask"] = context_mask(rows, length)
+        return batch
+
+    def samples(self, ids: list[int]) -> Iterator[Sample]:
+        """Draws a task for a document, and makes a sample of it; or several, if it is longer than a row."""
+        shares = torch.tensor([self.blanks, self.sentences, self.document], dtype=torch.float)
+        begin = 0
+        while begin < len(ids):
+            task = TASKS[int(torch.multinomial(shares, 1))]
+            # Each span adds three tokens, and has one at least; the prefix and the end of a document are three.
+            added = 1 + 3 * self.masked_share if task != "document" else 1
+            piece = ids[begin : begin + int((self.block_size - 3) / added)]
+            begin += len(piece)
+            draw = {"blanks": self.draw_blanks, "sentences": self.draw_sentences}.get(task)
+            spans = draw(piece) if draw else []
+            if spans:
+                mask = self.commands["[MASK]" if task == "blanks" else "[sMASK]"]
+                yield self.infilling_sample(piece, spans, mask)
+            else:  # or too short for the task
+                yield self.document_sample(piece)
+
+    def document_sample(self, ids: list[int]) -> Sample:
+        share = self.min_document + (1 - self.min_document) * float(torch.rand(()))
+        context = round(len(ids) * (1 - share))
+        prefix = [self.commands["[gMASK]"], self.commands["sop"]]
+        end = self.tokenizer.eos_token_id
+        labels = [IGNORED] * (len(prefix) + context) + ids[context:] + [end]
+        return Sample(prefix + ids + [end], labels, len(prefix) + context)
+
+    def infilling_sample(self, ids: list[int], spans: list[tuple[int, int]], mask: int) -> Sample:
+        """
+        Args:
+            spans: Where to cut, (begin, end), in order and apart.
+            mask: The token that replaces each.
+        """
+        context, begin = [], 0
+        for span_begin, span_end in spans:
+            context += ids[begin:span_begin] + [mask]
+            begin = span_end
+        context += ids[begin:]
+        tokens, labels = list(context), [IGNORED] * len(context)
+        for i in torch.randperm(len(spans)).tolist():
+            span = ids[slice(*spans[i])]
+            tokens += [self.commands["sop"], *span, self.commands["eop"]]
+            labels += [IGNORED, *span, self.commands["eop"]]
+        return Sample(tokens, labels, len(context))
+
+    def draw_blanks(self, ids: list[int]) -> list[tuple[int, int]]:
+        """Draws spans with Poisson lengths of `masked_share` of the tokens in all, with a token or more between them."""
+        budget = round(len(ids) * self.masked_share)
+        lengths = []
+        while budget > 0:
+            length = min(max(int(torch.poisson(torch.tensor(float(self.mean_span)))), 1), budget)
+            lengths.append(length)
+            budget -= length
+        free = len(ids) - sum(lengths) - (len(lengths) - 1)
+        if not lengths or free < 1:
+            return []
+        # Where among what is left each begins: sorted draws, and one token between.
+        offsets = sorted(torch.randint(free + 1, (len(lengths),)).tolist())
+        spans, cut = [], 0
+        for i, (offset, length) in enumerate(zip(offsets, lengths)):
+            begin = offset + cut + i
+            spans.append((begin, begin + length))
+            cut += length
+        return spans
+
+    def draw_sentences(self, ids: list[int]) -> list[tuple[int, int]]:
+        """Draws whole sentences until `masked_share` of the tokens is reached; none of a text of fewer than three."""
+        sentences = split_sentences(self.tokenizer, ids)
+        if len(sentences) < 3:
+            return []
+        chosen, budget = [], len(ids) * self.masked_share
+        for i in torch.randperm(len(sentences)).tolist():
+            if budget <= 0 or len(chosen) == len(sentences) - 1:
+                break
+            if any(abs(i - other) == 1 for other in chosen):
+                continue  # two masks side by side would be one gap
+            chosen.append(i)
+            budget -= sentences[i][1] - sentences[i][0]
+        return [sentences[i] for i in sorted(chosen)]
+
+
+def split_sentences(tokenizer, ids: list[int]) -> list[tuple[int, int]]:
+    """Returns where sentences begin and end among `ids`; a token that ends one and begins the next goes to the first."""
+    ends_sentence = [bool(END_OF_SENTENCE.search(tokenizer.decode([token], skip_special_tokens=True))) for token in ids]
+    spans, begin = [], 0
+    for i, ends in enumerate(ends_sentence):
+        if ends or i == len(ids) - 1:
+            spans.append((begin, i + 1))
+            begin = i + 1
+    return spans
+
+
+def pack(samples: list[Sample], block_size: int) -> list[list[Sample]]:
+    """Puts samples into rows of at most `block_size` tokens: each into the first that has room, the longest first."""
+    rows, room = [], []
+    for sample in sorted(samples, key=lambda sample: -len(sample.ids)):
+        fitting = next((i for i, left in enumerate(room) if len(sample.ids) <= left), None)
+        if fitting is None:
+            rows.append([])
+            room.append(block_size)
+            fitting = -1
+        rows[fitting].append(sample)
+        room[fitting] -= len(sample.ids)
+    return rows
+
+
+def context_mask(rows: list[list[Sample]], length: int) -> torch.BoolTensor:
+    """Returns `[rows, 1, length, length]`, true where attended: causal within each sample, all of the context to itself."""
+    mask = torch.zeros(len(rows), 1, length, length, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        begin = 0
+        for sample in row:
+            end = begin + len(sample.ids)
+            mask[i, 0, begin:end, begin:end] = torch.ones(end - begin, end - begin).tril().bool()
+            mask[i, 0, begin : begin + sample.context, begin : begin + sample.context] = True
+            begin = end
+        mask[i, 0, begin:, begin:] = torch.eye(
+            length - begin, dtype=torch.bool
+        )  # padding sees itself, or rows were NaN
+    return mask
