@@ -1106,8 +1106,8 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             generation_config, model_kwargs, mode, batch_size, max_cache_length
         )
         cache, mask = let_grow(model_kwargs.get("past_key_values")), model_kwargs.get("attention_mask")
-        if cache is not None and mask is not None:
-            check_room(cache, mask.shape[1])  # rather than after the first chunks
+        if cache is not None:  # rather than after the first chunks
+            check_room(cache, mask.shape[1] if mask is not None else getattr(generation_config, "_mask_length", 0))
         return result
 
     def _validate_generated_length(self, generation_config, input_ids_length, has_default_max_length):
@@ -1119,7 +1119,13 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         super()._validate_generated_length(generation_config, input_ids_length, has_default_max_length)
 
     def prepare_inputs_for_generation(
-        self, input_ids, next_sequence_length=None, past_key_values=None, attention_mask=None, **kwargs
+        self,
+        input_ids,
+        next_sequence_length=None,
+        past_key_values=None,
+        attention_mask=None,
+        inputs_embeds=None,  # the library looks whether this is here
+        **kwargs,
     ):
         # Assisted decoding would put the whole prompt behind a cache that holds its beginning.
         if next_sequence_length is None and past_key_values is not None and attention_mask is not None:
@@ -1131,6 +1137,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             next_sequence_length=next_sequence_length,
             past_key_values=past_key_values,
             attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
             **kwargs,
         )
 

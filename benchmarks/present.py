@@ -130,19 +130,19 @@ def attention_plot(figures: dict, plt):
     positions = [row["positions"] for row in rows]
     names = [name for name in rows[0] if isinstance(rows[0][name], dict)]
     for name, color in zip(names, [OURS, *OTHERS]):
-        added = [row[name]["milliseconds_added_per_layer"] for row in rows]
+        added = [max(row[name]["milliseconds_added_per_layer"], 0.05) for row in rows]  # noise can be negative
         axes[0].plot(positions, added, marker="o", color=color, label=name)
         if name in figures["base_ms"]:
             speed = [1000 / row[name]["decode_ms"] for row in rows]
             axes[1].plot(positions, speed, marker="o", color=color, label=name)
-    axes[0].set(title="Attention adds to a step", ylabel="milliseconds per layer", yscale="symlog")
+    axes[0].set(title="Attention adds to a step", ylabel="milliseconds per layer", yscale="log")
     axes[1].set(title="Decoding, INT4, 28 layers", ylabel="tokens per second")
     axes[1].set_ylim(bottom=0)
     for axis in axes:
         axis.set(xlabel="positions", xscale="log")
         axis.set_xticks(positions, [f"{n:,}" for n in positions])
         axis.minorticks_off()
-        axis.legend()
+        axis.legend(fontsize="small", loc="lower right" if axis is axes[0] else "lower left")
     return figure
 
 
@@ -264,7 +264,7 @@ def quantization_quality_plot(figures: dict, plt):
         axis.text(result["divergence"], i, f" perplexity {result['perplexity']:.2f}", va="center")
     exact = figures["results"]["not quantized"]["perplexity"]
     axis.set(title=f"What quantization costs (perplexity without: {exact:.2f})", xlabel="KL divergence")
-    axis.margins(x=0.25)
+    axis.margins(x=0.35)
     axis.invert_yaxis()
     return figure
 

@@ -172,7 +172,7 @@ sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
 import torch
 from benchmarks.random_checkpoint import load, write_checkpoint
-from benchmarks.decode import anonymous_memory
+from benchmarks.measure import anonymous_memory
 folder = Path({str(tmp_path / "half")!r})
 write_checkpoint(folder, layers=3, dtype=torch.float16)
 torch.zeros(1 << 20) @ torch.zeros(1 << 20)  # the threads that torch starts
