@@ -1101,6 +1101,11 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
                 "With a P-Tuning prefix (pre_seq_len) generate cannot go on from a cache: it would take the prefix in it "
                 "for tokens of the prompt. Pass the whole prompt without past_key_values."
             )
+        if "offloaded" in (generation_config.cache_implementation or "") and self.device.type == "cpu":
+            raise ValueError(
+                f"cache_implementation={generation_config.cache_implementation!r} moves a GPU's cache to the CPU, where this "
+                "model is already. Leave it out."
+            )
         max_cache_length += self.config.pre_seq_len or 0
         result = super()._prepare_cache_for_generation(
             generation_config, model_kwargs, mode, batch_size, max_cache_length

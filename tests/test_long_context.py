@@ -324,6 +324,8 @@ def test_caches_that_do_not_belong(small_model):
     with pytest.raises(ValueError, match="room for 5 tokens, and 6 would be in it"):
         model.generate(ids, past_key_values=static, prefill_chunk_size=2, max_new_tokens=1)
     assert static.get_seq_length() == 0
+    with pytest.raises(ValueError, match="'offloaded' moves a GPU's cache to the CPU"):
+        model.generate(ids, cache_implementation="offloaded", max_new_tokens=1)
     with pytest.raises(ValueError, match="prefill_chunk_size must be at least 1, got 0"):
         model.generate(ids, prefill_chunk_size=0, max_new_tokens=1)
 
