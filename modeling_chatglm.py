@@ -23,6 +23,8 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import Concatenate, WeightConverter, WeightRenaming
 from transformers.generation import LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.integrations.fsdp import is_fsdp_managed_module
 from transformers.masking_utils import create_causal_mask, create_masks_for_generate
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
@@ -263,6 +265,7 @@ def grouped_sdpa_forward(
     attention_mask: torch.Tensor | None,
     scaling: float,
     dropout: float = 0.0,
+    is_causal: bool | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """
@@ -278,8 +281,9 @@ def grouped_sdpa_forward(
         folded = query.reshape(batch, groups, heads // groups, head_dim)
         output = nn.functional.scaled_dot_product_attention(folded, key, value, **options)
         return output.reshape(batch, 1, heads, head_dim), None
+    is_causal = (module.is_causal if is_causal is None else is_causal) and attention_mask is None
     output = nn.functional.scaled_dot_product_attention(
-        query, key, value, is_causal=attention_mask is None, enable_gqa=heads != groups, **options
+        query, key, value, is_causal=is_causal, enable_gqa=heads != groups, **options
     )
     return output.transpose(1, 2).contiguous(), None
 
@@ -853,7 +857,8 @@ def check_room(cache: Cache, length: int):
     room = min((getattr(layer, "max_cache_len", length) for layer in cache.layers), default=length)
     if length > room:
         raise ValueError(
-            f"The cache has room for {room} tokens, and {length} would be in it. Make it with a larger max_cache_len."
+            f"The cache has room for {room} tokens, and {length} would be in it. Make it with a larger max_cache_len, or "
+            "lower max_new_tokens."
         )
 
 
@@ -862,6 +867,15 @@ def context_length(config: ChatGLMConfig) -> int:
     if config.rope_parameters["rope_type"] == "dynamic":
         return int(config.seq_length * config.rope_parameters["factor"])
     return config.seq_length
+
+
+def check_prompt(length: int, config: ChatGLMConfig):
+    """Raises `ValueError` for a prompt of more tokens than the context has."""
+    context = context_length(config)
+    if length > context:
+        raise ValueError(
+            f"The prompt has {length} tokens, the model's context {context} (seq_length). {CONTEXT_REMEDY}"
+        )
 
 
 def warn_beyond_context(position_ids: torch.Tensor, context: int):
@@ -1101,27 +1115,25 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
                 "With a P-Tuning prefix (pre_seq_len) generate cannot go on from a cache: it would take the prefix in it "
                 "for tokens of the prompt. Pass the whole prompt without past_key_values."
             )
-        if "offloaded" in (generation_config.cache_implementation or "") and self.device.type == "cpu":
+        if "offloaded" in (generation_config.cache_implementation or "") and not torch.accelerator.is_available():
             raise ValueError(
                 f"cache_implementation={generation_config.cache_implementation!r} moves a GPU's cache to the CPU, where this "
                 "model is already. Leave it out."
             )
+        mask = model_kwargs.get("attention_mask")
+        length = getattr(generation_config, "_mask_length", 0)  # since 5.20 a mask that hides nothing is dropped
+        if mask is not None and mask.dim() == 2:
+            length = int(mask.sum(-1).max())  # padding does not count
+        if not getattr(generation_config, "is_assistant", False):  # whose context need not hold all of the dialogue
+            check_prompt(length, self.config)
         max_cache_length += self.config.pre_seq_len or 0
         result = super()._prepare_cache_for_generation(
             generation_config, model_kwargs, mode, batch_size, max_cache_length
         )
-        cache, mask = let_grow(model_kwargs.get("past_key_values")), model_kwargs.get("attention_mask")
-        if cache is not None:  # rather than after the first chunks
-            check_room(cache, mask.shape[1] if mask is not None else getattr(generation_config, "_mask_length", 0))
+        cache = let_grow(model_kwargs.get("past_key_values"))
+        if cache is not None:
+            check_room(cache, max_cache_length)
         return result
-
-    def _validate_generated_length(self, generation_config, input_ids_length, has_default_max_length):
-        context = context_length(self.config)
-        if input_ids_length > context:
-            raise ValueError(
-                f"The prompt has {input_ids_length} tokens, the model's context {context} (seq_length). {CONTEXT_REMEDY}"
-            )
-        super()._validate_generated_length(generation_config, input_ids_length, has_default_max_length)
 
     def prepare_inputs_for_generation(
         self,
@@ -1133,7 +1145,8 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         **kwargs,
     ):
         # Assisted decoding would put the whole prompt behind a cache that holds its beginning.
-        if next_sequence_length is None and past_key_values is not None and attention_mask is not None:
+        has_cache = past_key_values is not None and self.config.pre_seq_len is None
+        if next_sequence_length is None and has_cache and attention_mask is not None:
             seen = int(past_key_values.get_seq_length())
             if seen and attention_mask.shape == input_ids.shape:
                 next_sequence_length = input_ids.shape[1] - seen
@@ -1147,9 +1160,13 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         )
 
     def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
-        # With a P-Tuning prefix in the cache, the library would take that for tokens of the prompt.
-        if self.config.pre_seq_len is None and model_kwargs.get("past_key_values") is not None:
-            self._prefill_beginning(input_ids, generation_config, model_kwargs)
+        if self._prefill_beginning(input_ids, generation_config, model_kwargs):
+            mask, length = model_kwargs.get("attention_mask"), model_kwargs["past_key_values"].get_seq_length()
+            total = (
+                mask.shape[1] if mask is not None else getattr(generation_config, "_mask_length", input_ids.shape[1])
+            )
+            if total > input_ids.shape[1]:  # only what was not cached before: what still is not
+                input_ids = input_ids[:, int(length) - total :]
             generation_config = copy.copy(generation_config)
             generation_config.prefill_chunk_size = None  # done
         return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
@@ -1161,9 +1178,9 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             kwargs["attention_mask"] = torch.ones_like(input_ids)  # by which the first step is known
         return super()._assisted_decoding(input_ids, *args, generation_config=generation_config, **kwargs)
 
-    def _prefill_beginning(self, input_ids, generation_config, model_kwargs):
+    def _prefill_beginning(self, input_ids, generation_config, model_kwargs) -> bool:
         """
-        Encodes a long prompt into the cache chunk by chunk, all but the last chunk.
+        Encodes a long prompt into the cache chunk by chunk, all but the last chunk. Returns whether this is for it to do.
 
         The library's own chunks have to be asked for, forget (before 5.20) that the cache may hold the beginning, and
         assisted decoding has none.
@@ -1171,26 +1188,48 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
         chunk_size = generation_config.prefill_chunk_size
         if chunk_size is None:
-            if self.config.rope_parameters["rope_type"] in ("dynamic", "longrope"):
-                return  # frequencies depend on the length, which has to be known from the first token on
+            if self._needs_the_whole_prompt(generation_config):
+                return False
             chunk_size = PREFILL_CHUNK_SIZE
         if chunk_size < 1:
             raise ValueError(f"prefill_chunk_size must be at least 1, got {chunk_size}.")
+        # A P-Tuning prefix, ours or PEFT's (which replaces this method), is put before the prompt by its first forward.
+        has_prefix = self.config.pre_seq_len is not None or "prepare_inputs_for_generation" in vars(self)
+        if cache is None or has_prefix or model_kwargs.get("inputs_embeds") is not None:
+            return False
         if mask is None:  # since 5.20 one that hides nothing is dropped, and its length kept
             length = getattr(generation_config, "_mask_length", input_ids.shape[1])
             mask = input_ids.new_ones(input_ids.shape[0], length)
-        if cache is None or mask.shape != input_ids.shape or model_kwargs.get("inputs_embeds") is not None:
-            return
-        position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
-        for end in range(int(cache.get_seq_length()) + chunk_size, input_ids.shape[1], chunk_size):
-            self(
-                input_ids[:, end - chunk_size : end],
-                attention_mask=mask[:, :end],
-                position_ids=position_ids[:, end - chunk_size : end],
+        begin, total = int(cache.get_seq_length()), mask.shape[-1]
+        offset = total - input_ids.shape[1]  # how many tokens are in the cache only
+        if mask.dim() != 2 or not 0 <= offset <= begin:
+            return False
+        position_ids = model_kwargs.get("position_ids")
+        if position_ids is None or position_ids.shape[-1] != total:
+            position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
+        others = ("past_key_values", "attention_mask", "position_ids", "use_cache", "logits_to_keep")
+        others = {name: value for name, value in model_kwargs.items() if name not in others}
+        for end in range(begin + chunk_size, total, chunk_size):
+            inputs = self.prepare_inputs_for_generation(
+                input_ids[:, end - chunk_size - offset : end - offset],
                 past_key_values=cache,
+                attention_mask=mask[:, :end],
+                position_ids=position_ids[..., end - chunk_size : end],
                 use_cache=True,
                 logits_to_keep=1,
+                **others,
             )
+            self(**inputs)
+        return True
+
+    def _needs_the_whole_prompt(self, generation_config) -> bool:
+        """Whether chunks, unless asked for, would change what comes out, or keep processes waiting for each other."""
+        # Frequencies that depend on the length, which has to be known from the first token on
+        depends_on_length = self.config.rope_parameters["rope_type"] in ("dynamic", "longrope")
+        returns_states = generation_config.output_hidden_states or generation_config.output_attentions
+        # Ranks gather weights together, in each forward, and their prompts may differ in length.
+        is_sharded = is_fsdp_managed_module(self) or is_deepspeed_zero3_enabled()
+        return bool(depends_on_length or returns_states or is_sharded)
 
     def generate_batch(self, inputs, generation_config=None, continuous_batching_config=None, **kwargs):
         """
@@ -1201,11 +1240,13 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         """
         if self.config.pre_seq_len is not None:
             raise ValueError("generate_batch does not work with a P-Tuning prefix (pre_seq_len): use generate.")
+        for ids in inputs:
+            check_prompt(len(ids), self.config)
         if continuous_batching_config is None and self.device.type == "cpu":
-            max_new_tokens = (
-                kwargs.get("max_new_tokens") or (generation_config or self.generation_config).max_new_tokens
-            )
-            blocks = [(len(ids) + (max_new_tokens or 1024)) // 256 + 1 for ids in inputs]  # of 256 tokens
+            config = generation_config or self.generation_config
+            limit = kwargs.get("max_new_tokens") or config.max_new_tokens or context_length(self.config)
+            sequences = kwargs.get("num_return_sequences") or config.num_return_sequences or 1
+            blocks = [sequences * ((len(ids) + limit) // 256 + 1) for ids in inputs]  # of 256 tokens
             num_blocks = max(min(sum(blocks), 256), *blocks, 1)
             continuous_batching_config = ContinuousBatchingConfig(num_blocks=num_blocks, max_batch_tokens=512)
         return super().generate_batch(inputs, generation_config, continuous_batching_config, **kwargs)
