@@ -113,7 +113,7 @@ def attention_text(figures: dict) -> str:
     if len(base) > 1:
         rows = [
             [f"{row['positions']:,}"]
-            + [f"{row[name]['decode_ms']:.0f} (+{row[name]['attention_added']:.0%})" for name in base]
+            + [f"{row[name]['decode_ms']:.0f} (+{row[name]['attention_added']:.1%})" for name in base]
             + [f"{row['decode_ratio']:.2f}"]
             for row in figures["rows"]
         ]
@@ -158,8 +158,8 @@ def prompts_text(figures: dict) -> str:
         rows.append(cells)
     text = table(["tokens", "in chunks, s", "GB", "whole, s", "GB"], rows)
     return text + (
-        f"\n\n{figures['layers']} layers of the 6B shape in INT4 with float32 activations; GB are the peak above weights and "
-        "cache, which does not depend on the number of layers."
+        f"\n\nSingle runs, {figures['layers']} layers of the 6B shape in INT4 with float32 activations; GB are the peak above "
+        "weights and cache. More layers add the room to spare that each layer's cache has, up to a quarter of it."
     )
 
 
@@ -188,7 +188,10 @@ def rounds_text(figures: dict) -> str:
         for r in figures["rows"]
     ]
     header = ["tokens of history", "encoded again, s", "with the cache, s", "ratio"]
-    return f"Time to the first token of the next answer, {figures['layers']} layers, INT4:\n\n" + table(header, rows)
+    return (
+        f"Time to the first token of the next answer, {figures['layers']} layers, INT4 (encoded again: a single run):\n\n"
+        + table(header, rows)
+    )
 
 
 def rounds_plot(figures: dict, plt):
@@ -210,7 +213,9 @@ def batching_text(figures: dict) -> str:
     rows = [
         [r["requests"], *(f"{r['tokens_s'][way]:.1f} ({r['ratio'][way]:.2f})" for way in ways)] for r in figures["rows"]
     ]
-    text = f"Tokens per second of all requests together, prompts included, {figures['layers']} layers, INT4 "
+    text = (
+        f"Tokens per second of all requests together, prompts included, {figures['layers']} layers, INT4, single runs "
+    )
     return text + "(and the ratio to one by one):\n\n" + table(["requests", *ways], rows)
 
 
@@ -301,7 +306,7 @@ def summary(figures: dict[str, dict]) -> str:
             speed = 1000 / row["this"]["decode_ms"]
             rows.append(
                 [
-                    f"INT4, decoding at {row['positions']:,} positions",
+                    f"INT4, decoding at {row['positions']:,} positions (computed: a short step of all layers, and 28 times what a layer adds)",
                     f"{speed:.1f} tokens/s",
                     f"{row['decode_ratio']:.2f} times llama.cpp",
                 ]
@@ -309,7 +314,8 @@ def summary(figures: dict[str, dict]) -> str:
     if "prompts" in figures:
         last = figures["prompts"]["rows"][-1]
         peak = last["in chunks"]["peak_gb_above_weights_and_cache"]
-        rows.append([f"prompt of {last['tokens']:,} tokens, memory", f"{peak:.1f} GB above weights and cache", ""])
+        label = f"prompt of {last['tokens']:,} tokens, {figures['prompts']['layers']} layers, memory"
+        rows.append([label, f"{peak:.1f} GB above weights and cache", ""])
     if "rounds" in figures:
         last = figures["rounds"]["rows"][-1]
         rows.append(
@@ -358,7 +364,7 @@ def main():
     page = ["# Benchmarks", ""]
     page += [
         "`make bench` measures all of this, and writes this page. Systems that are compared take turns in one run; figures "
-        "are medians. Compare ratios: the rest depends on the machine. Peers that are not installed (extra `bench`) are "
+        "are medians, except where a single run is named. Compare ratios: the rest depends on the machine. Peers that are not installed (extra `bench`) are "
         "left out. `python -m benchmarks --quick` shows in 3 minutes that everything runs; `python -m benchmarks.gpu` is for "
         "GPUs.",
     ]

@@ -4,7 +4,8 @@ whole.
 
     python -m benchmarks.prompts --output benchmarks/results/prompts.json
 
-INT4 with 2 of the 28 layers: memory above weights and cache does not depend on how many there are.
+INT4 with 2 of the 28 layers. Memory above weights and cache is that of one layer at work, and what each layer's cache has to
+spare: up to a quarter of the cache more.
 """
 
 from functools import partial
