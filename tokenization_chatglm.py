@@ -498,7 +498,7 @@ class ChatGLMTokenizer(TokenizersBackend):
     def train_new_from_iterator(self, *args, **kwargs):
         """Not supported: the model of a new tokenizer has to be SentencePiece's."""
         raise NotImplementedError(
-            "Train a tokenizer.model with SentencePiece (training/train_tiny.py has the settings), and load that."
+            "Train a tokenizer.model with SentencePiece (training/tiny.py has the settings), and load that."
         )
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:

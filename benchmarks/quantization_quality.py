@@ -17,27 +17,34 @@ from pathlib import Path
 
 import torch
 from torch.nn.functional import pad
-from torch.utils.data import default_collate
 from transformers import AutoModel, AutoTokenizer
 
-from training.train_tiny import PackedDialogues, read_corpora
+from training.data import DataArguments, PackedExamples, encode_dialogue
+from training.tiny import read_corpora, to_messages, to_rounds
 
 from .measure import SHARED, options, report
 from .random_checkpoint import TINY
 
 
-BLOCKS_AT_ONCE = 8
+ROWS_AT_ONCE = 8
+LIMITS = DataArguments(max_source_length=128, max_target_length=127)
 
 
-def sample(corpora: dict[str, list], tokenizer, rows: int, blocks: int) -> list[dict[str, torch.Tensor]]:
-    """Returns batches of packed dialogues, `rows` of each corpus at most and `blocks` of 256 tokens in all."""
+def sample(corpora: dict[str, list], tokenizer, dialogues: int, rows: int) -> list[dict[str, torch.Tensor]]:
+    """Returns batches of packed dialogues, `dialogues` of each corpus at most and `rows` of 256 tokens in all."""
     rng = random.Random(0)
-    dialogues = {name: rng.sample(rows_, min(rows, len(rows_))) for name, rows_ in corpora.items()}
-    packed = PackedDialogues(dialogues, tokenizer)
-    chosen = rng.sample(range(len(packed)), min(blocks, len(packed)))
+    examples = []
+    for name, corpus in corpora.items():
+        for row in rng.sample(corpus, min(dialogues, len(corpus))):
+            example = encode_dialogue(tokenizer, to_messages(to_rounds(name, row, rng)), LIMITS)
+            if example.input_ids:
+                examples.append({"input_ids": example.input_ids, "labels": example.labels})
+    rng.shuffle(examples)
+    packed = PackedExamples(tokenizer, LIMITS.max_length)(examples)
+    chosen = rng.sample(range(len(packed["input_ids"])), min(rows, len(packed["input_ids"])))
     return [
-        default_collate([packed[i] for i in chosen[start : start + BLOCKS_AT_ONCE]])
-        for start in range(0, len(chosen), BLOCKS_AT_ONCE)
+        {name: values[chosen[start : start + ROWS_AT_ONCE]] for name, values in packed.items()}
+        for start in range(0, len(chosen), ROWS_AT_ONCE)
     ]
 
 
@@ -67,17 +74,17 @@ def main():
     parser = options(__doc__, rounds=1)
     parser.add_argument("--model", type=Path, default=TINY)
     parser.add_argument("--corpora", type=Path, default=SHARED / "corpora")
-    parser.add_argument("--calibration", type=int, default=128, help="blocks of 256 tokens to calibrate with")
-    parser.add_argument("--blocks", type=int, default=160, help="blocks of 256 tokens to measure on")
+    parser.add_argument("--calibration", type=int, default=128, help="rows of 256 tokens to calibrate with")
+    parser.add_argument("--rows", type=int, default=160, help="rows of 256 tokens to measure on")
     args = parser.parse_args()
     if args.quick:
-        args.calibration = args.blocks = 1
+        args.calibration = args.rows = 1
     if not args.corpora.is_dir():
         raise SystemExit(f"{args.corpora} is missing: give it with --corpora.")
 
     tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=True)
     train, held_out = read_corpora(args.corpora)
-    batches = sample(held_out, tokenizer, 200, args.blocks)
+    batches = sample(held_out, tokenizer, 200, args.rows)
     calibration = [batch["input_ids"] for batch in sample(train, tokenizer, 200, args.calibration)]
 
     def load(**kwargs):

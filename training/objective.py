@@ -48,7 +48,7 @@ class MixedObjective:
         min_document: The least share of a document that is to be generated; the share is uniform from this to 1 (a half, GLM).
         bidirectional: Whether the context sees all of itself. Takes a mask of `[rows, 1, n, n]`.
 
-    Draws come from torch's global generator, which the Trainer restores when it resumes; so no workers load the data.
+    A row's draws depend on its `seed` alone, so that a run that is resumed, or split among processes, draws the same.
     """
 
     tokenizer: object
@@ -79,59 +79,50 @@ class MixedObjective:
     def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
         """
         Args:
-            examples: With `input_ids`, a document without special tokens, each.
+            examples: With `input_ids`, a document without special tokens, and a `seed`, each.
 
         Returns:
-            `input_ids`, `labels` and `position_ids`, each `[rows, n]`. Positions start at 0 with each document, by which
-            the mask keeps them apart. With `bidirectional`, the `attention_mask` too, true where attended.
+            What `to_batch` makes; with `bidirectional`, the `attention_mask` too, true where attended.
         """
-        samples = [sample for example in examples for sample in self.samples(list(example["input_ids"]))]
+        samples = [
+            sample for example in examples for sample in self.samples(list(example["input_ids"]), example["seed"])
+        ]
         rows = pack(samples, self.block_size)
-        length = max(sum(len(sample.ids) for sample in row) for row in rows)
-        batch = {
-            "input_ids": torch.full((len(rows), length), self.tokenizer.pad_token_id),
-            "labels": torch.full((len(rows), length), IGNORED),
-            "position_ids": torch.zeros(len(rows), length, dtype=torch.long),
-        }
-        for i, row in enumerate(rows):
-            begin = 0
-            for sample in row:
-                end = begin + len(sample.ids)
-                batch["input_ids"][i, begin:end] = torch.tensor(sample.ids)
-                batch["labels"][i, begin:end] = torch.tensor(sample.labels)
-                batch["position_ids"][i, begin:end] = torch.arange(end - begin)
-                begin = end
+        batch = to_batch(rows, self.tokenizer.pad_token_id)
         if self.bidirectional:
-            batch["attention_mask"] = context_mask(rows, length)
+            batch["attention_mask"] = context_mask(rows, batch["input_ids"].shape[1])
         return batch
 
-    def samples(self, ids: list[int]) -> Iterator[Sample]:
+    def samples(self, ids: list[int], seed: int) -> Iterator[Sample]:
         """Draws a task for a document, and makes a sample of it; or several, if it is longer than a row."""
         shares = torch.tensor([self.blanks, self.sentences, self.document], dtype=torch.float)
+        generator = torch.Generator().manual_seed(seed)
         begin = 0
         while begin < len(ids):
-            task = TASKS[int(torch.multinomial(shares, 1))]
+            task = TASKS[int(torch.multinomial(shares, 1, generator=generator))]
             # Each span adds three tokens, and has one at least; the prefix and the end of a document are three.
             added = 1 + 3 * self.masked_share if task != "document" else 1
             piece = ids[begin : begin + int((self.block_size - 3) / added)]
             begin += len(piece)
             draw = {"blanks": self.draw_blanks, "sentences": self.draw_sentences}.get(task)
-            spans = draw(piece) if draw else []
+            spans = draw(piece, generator) if draw else []
             if spans:
                 mask = self.commands["[MASK]" if task == "blanks" else "[sMASK]"]
-                yield self.infilling_sample(piece, spans, mask)
+                yield self.infilling_sample(piece, spans, mask, generator)
             else:  # or too short for the task
-                yield self.document_sample(piece)
+                yield self.document_sample(piece, generator)
 
-    def document_sample(self, ids: list[int]) -> Sample:
-        share = self.min_document + (1 - self.min_document) * float(torch.rand(()))
+    def document_sample(self, ids: list[int], generator: torch.Generator) -> Sample:
+        share = self.min_document + (1 - self.min_document) * float(torch.rand((), generator=generator))
         context = round(len(ids) * (1 - share))
         prefix = [self.commands["[gMASK]"], self.commands["sop"]]
         end = self.tokenizer.eos_token_id
         labels = [IGNORED] * (len(prefix) + context) + ids[context:] + [end]
         return Sample(prefix + ids + [end], labels, len(prefix) + context)
 
-    def infilling_sample(self, ids: list[int], spans: list[tuple[int, int]], mask: int) -> Sample:
+    def infilling_sample(
+        self, ids: list[int], spans: list[tuple[int, int]], mask: int, generator: torch.Generator
+    ) -> Sample:
         """
         Args:
             spans: Where to cut, (begin, end), in order and apart.
@@ -143,25 +134,25 @@ class MixedObjective:
             begin = span_end
         context += ids[begin:]
         tokens, labels = list(context), [IGNORED] * len(context)
-        for i in torch.randperm(len(spans)).tolist():
+        for i in torch.randperm(len(spans), generator=generator).tolist():
             span = ids[slice(*spans[i])]
             tokens += [self.commands["sop"], *span, self.commands["eop"]]
             labels += [IGNORED, *span, self.commands["eop"]]
         return Sample(tokens, labels, len(context))
 
-    def draw_blanks(self, ids: list[int]) -> list[tuple[int, int]]:
+    def draw_blanks(self, ids: list[int], generator: torch.Generator) -> list[tuple[int, int]]:
         """Draws spans with Poisson lengths of `masked_share` of the tokens in all, with a token or more between them."""
         budget = round(len(ids) * self.masked_share)
         lengths = []
         while budget > 0:
-            length = min(max(int(torch.poisson(torch.tensor(float(self.mean_span)))), 1), budget)
+            length = min(max(int(torch.poisson(torch.tensor(float(self.mean_span)), generator)), 1), budget)
             lengths.append(length)
             budget -= length
         free = len(ids) - sum(lengths) - (len(lengths) - 1)
         if not lengths or free < 1:
             return []
         # Where among what is left each begins: sorted draws, and one token between.
-        offsets = sorted(torch.randint(free + 1, (len(lengths),)).tolist())
+        offsets = sorted(torch.randint(free + 1, (len(lengths),), generator=generator).tolist())
         spans, cut = [], 0
         for i, (offset, length) in enumerate(zip(offsets, lengths)):
             begin = offset + cut + i
@@ -169,13 +160,13 @@ class MixedObjective:
             cut += length
         return spans
 
-    def draw_sentences(self, ids: list[int]) -> list[tuple[int, int]]:
+    def draw_sentences(self, ids: list[int], generator: torch.Generator) -> list[tuple[int, int]]:
         """Draws whole sentences until `masked_share` of the tokens is reached; none of a text of fewer than three."""
         sentences = split_sentences(self.tokenizer, ids)
         if len(sentences) < 3:
             return []
         chosen, budget = [], len(ids) * self.masked_share
-        for i in torch.randperm(len(sentences)).tolist():
+        for i in torch.randperm(len(sentences), generator=generator).tolist():
             if budget <= 0 or len(chosen) == len(sentences) - 1:
                 break
             if any(abs(i - other) == 1 for other in chosen):
@@ -208,6 +199,28 @@ def pack(samples: list[Sample], block_size: int) -> list[list[Sample]]:
         rows[fitting].append(sample)
         room[fitting] -= len(sample.ids)
     return rows
+
+
+def to_batch(rows: list[list[Sample]], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """
+    Returns `input_ids`, `labels` and `position_ids`, each `[rows, n]`. Positions start at 0 with each sample, by which the
+    mask keeps them apart.
+    """
+    length = max(sum(len(sample.ids) for sample in row) for row in rows)
+    batch = {
+        "input_ids": torch.full((len(rows), length), pad_token_id),
+        "labels": torch.full((len(rows), length), IGNORED),
+        "position_ids": torch.zeros(len(rows), length, dtype=torch.long),
+    }
+    for i, row in enumerate(rows):
+        begin = 0
+        for sample in row:
+            end = begin + len(sample.ids)
+            batch["input_ids"][i, begin:end] = torch.tensor(sample.ids)
+            batch["labels"][i, begin:end] = torch.tensor(sample.labels)
+            batch["position_ids"][i, begin:end] = torch.arange(end - begin)
+            begin = end
+    return batch
 
 
 def context_mask(rows: list[list[Sample]], length: int) -> torch.BoolTensor:

@@ -1,0 +1,84 @@
+"""
+Pretrains with GLM's mixed objective, from new random weights or a model's:
+
+    python -m training.pretrain --model_name_or_path PATH --train_file texts.jsonl --output_dir output
+
+Each row holds a document (`--text_column`). See docs/training.md.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from transformers import set_seed
+
+from .data import DataArguments, encode_texts, read
+from .objective import MixedObjective
+from .options import ModelArguments, RecipeArguments, load, parse
+from .trainer import RecipeTrainer, SetEpoch, evaluate, train
+
+
+@dataclass
+class ObjectiveArguments(DataArguments):
+    """The data, and how often each task of the mixed objective is drawn: by default as GLM-130B was trained."""
+
+    block_size: int = field(default=2048, metadata={"help": "Tokens of a row, into which documents are packed."})
+    blanks: float = 0.3
+    sentences: float = 0.0
+    document: float = 0.7
+    masked_share: float = 0.15
+    mean_span: float = 3.0
+    min_document: float = 0.5
+    bidirectional: bool = False
+
+
+class Documents(torch.utils.data.Dataset):
+    """Documents with the seed of their draws, which the run, the epoch and the row determine."""
+
+    def __init__(self, rows, seed: int):
+        self.rows, self.seed, self.epoch = rows, seed, 0
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> dict:
+        seed = hash((self.seed, self.epoch, i)) % 2**63  # of integers: the same in every process
+        return {"input_ids": self.rows[i]["input_ids"], "seed": seed}
+
+
+def main(argv=None):
+    model_args, data_args, args = parse(__doc__, ModelArguments, ObjectiveArguments, RecipeArguments, args=argv)
+    set_seed(args.seed)
+    model, tokenizer = load(model_args)
+    collator = MixedObjective(
+        tokenizer,
+        data_args.block_size,
+        data_args.blanks,
+        data_args.sentences,
+        data_args.document,
+        data_args.masked_share,
+        data_args.mean_span,
+        data_args.min_document,
+        data_args.bidirectional,
+    )
+    data = {}
+    for split, limit in (("train", data_args.max_train_samples), ("validation", data_args.max_eval_samples)):
+        if split == "train" or data_args.validation_file:
+            with args.main_process_first():
+                data[split] = Documents(encode_texts(read(data_args, split, limit), tokenizer, data_args), args.seed)
+    args.remove_unused_columns = False  # the seed is for the collator
+    trainer = RecipeTrainer(
+        model=model,
+        args=args,
+        data_collator=collator,
+        train_dataset=data["train"],
+        eval_dataset=data.get("validation"),
+        processing_class=tokenizer,
+        callbacks=[SetEpoch(data["train"])],
+    )
+    train(trainer, model_args, data_args)
+    if "validation" in data:
+        evaluate(trainer)
+
+
+if __name__ == "__main__":
+    main()

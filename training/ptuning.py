@@ -1,0 +1,87 @@
+"""
+Trains a prefix of keys and values (P-Tuning v2, Liu et al. 2022, arXiv 2110.07602) and saves it alone:
+
+    python -m training.ptuning --model_name_or_path PATH --train_file train.json --pre_seq_len 128 --output_dir output
+    python -m training.ptuning --model_name_or_path PATH --ptuning_checkpoint output --test_file test.json --do_predict
+
+The prefix is in `pytorch_model.bin`, under the names that the published scripts use. See docs/training.md.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import set_seed
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.utils import WEIGHTS_NAME
+
+from .data import DataArguments
+from .options import ModelArguments, RecipeArguments, load, parse
+from .sft import fine_tune
+from .trainer import RecipeTrainer
+
+
+PREFIX = "transformer.prefix_encoder."
+
+
+@dataclass
+class PrefixArguments(ModelArguments):
+    """The published options."""
+
+    dtype: str | None = "auto"
+    pre_seq_len: int = field(default=128, metadata={"help": "Positions of the prefix."})
+    prefix_projection: bool = field(default=False, metadata={"help": "Compute the prefix by an MLP."})
+    ptuning_checkpoint: str | None = field(default=None, metadata={"help": "A folder with a prefix to start from."})
+
+
+class PrefixTrainer(RecipeTrainer):
+    """Saves and loads the prefix only."""
+
+    def _save(self, output_dir: str | None = None, state_dict=None):
+        output_dir = Path(output_dir or self.args.output_dir)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        state_dict = self.model.state_dict() if state_dict is None else state_dict
+        torch.save({name: value for name, value in state_dict.items() if PREFIX in name}, output_dir / WEIGHTS_NAME)
+        self.model.config.save_pretrained(output_dir)
+        self.processing_class.save_pretrained(output_dir)
+        torch.save(self.args, output_dir / TRAINING_ARGS_NAME)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None):
+        load_prefix(model or self.model, resume_from_checkpoint)
+
+
+def load_prefix(model, folder: str):
+    """
+    Raises:
+        ValueError: if there is no prefix in the folder, or one of another length or model.
+    """
+    path = Path(folder, WEIGHTS_NAME)
+    if not path.is_file():
+        raise ValueError(f"There is no {WEIGHTS_NAME} in {folder} (--ptuning_checkpoint).")
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    saved = {name.removeprefix(PREFIX): value for name, value in saved.items() if name.startswith(PREFIX)}
+    wanted = {name: tuple(value.shape) for name, value in model.transformer.prefix_encoder.state_dict().items()}
+    if {name: tuple(value.shape) for name, value in saved.items()} != wanted:
+        shapes = {name: tuple(value.shape) for name, value in saved.items()}
+        raise ValueError(
+            f"{path} holds {shapes or 'no prefix'}, and the model takes {wanted}: give the --pre_seq_len and "
+            "--prefix_projection that it was trained with, and the same model."
+        )
+    model.transformer.prefix_encoder.load_state_dict(saved)
+
+
+def main(argv=None):
+    model_args, data_args, args = parse(__doc__, PrefixArguments, DataArguments, RecipeArguments, args=argv)
+    set_seed(args.seed)
+    config = dict(pre_seq_len=model_args.pre_seq_len, prefix_projection=model_args.prefix_projection)
+    model, tokenizer = load(model_args, **config)
+    model.transformer.prefix_encoder.float()  # the rest stays as it is loaded, as in the published script
+    if model_args.ptuning_checkpoint:
+        load_prefix(model, model_args.ptuning_checkpoint)
+    if args.gradient_checkpointing:
+        model.enable_input_require_grads()
+    fine_tune(model, tokenizer, model_args, data_args, args, PrefixTrainer)
+
+
+if __name__ == "__main__":
+    main()

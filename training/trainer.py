@@ -1,0 +1,158 @@
+"""What the recipes share: a Trainer that stops in time and loses nothing, and the run of one, from data to report."""
+
+import json
+import math
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+# Settings that change what is learned, besides all of the model and the data
+SETTINGS = (
+    "per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "num_train_epochs", "max_steps",
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "optim_args", "weight_decay", "adam_beta1",
+    "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing_factor", "bf16", "fp16", "seed", "data_seed",
+)  # fmt: skip
+
+
+class RecipeTrainer(Trainer):
+    """The Trainer, which stops at the first loss that is not finite and leaves no checkpoint half-written."""
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            self.stop_training(f"The loss is {loss.item()}")
+        return loss
+
+    def stop_training(self, why: str):
+        last = last_checkpoint(self.args.output_dir)
+        kept = f"The last good checkpoint is {last}." if last else "There is no checkpoint yet."
+        raise FloatingPointError(
+            f"{why} in step {self.state.global_step + 1}. {kept} Check the data, lower the learning rate (it is "
+            f"{self.args.learning_rate:g}), or train in bfloat16 or float32 instead of float16."
+        )
+
+    def _save_checkpoint(self, model, trial):
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and not parameter.isfinite().all():
+                self.stop_training(f"{name} is not finite any more")
+        folder = Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        try:
+            super()._save_checkpoint(model, trial)
+        except Exception as error:  # OSError, or torch's and safetensors' own
+            shutil.rmtree(folder, ignore_errors=True)
+            last = last_checkpoint(self.args.output_dir)
+            raise OSError(
+                f"{folder} could not be written ({error}). Make room, and start again with the same options: "
+                f"{f'{last} is whole and will be gone on from' if last else 'no checkpoint was written before it'}."
+            ) from error
+
+    def evaluate(self, *args, metric_key_prefix: str = "eval", **kwargs) -> dict[str, float]:
+        """The Trainer's, with the perplexity."""
+        metrics = super().evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        losses = {name: value for name, value in metrics.items() if name.endswith("_loss")}
+        perplexities = {name.replace("_loss", "_perplexity"): math.exp(min(loss, 700)) for name, loss in losses.items()}
+        self.log(perplexities)
+        return metrics | perplexities
+
+
+class SetEpoch(TrainerCallback):
+    """Tells the data the epoch, for its draws to differ from one to the next."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.dataset.epoch = int(state.epoch)
+
+
+def last_checkpoint(output_dir: str) -> str | None:
+    """Returns the newest checkpoint that is whole: `trainer_state.json` is what the Trainer writes last."""
+    folders = [path.parent for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/trainer_state.json")]
+    return str(max(folders, key=lambda folder: int(folder.name.split("-")[-1]))) if folders else None
+
+
+def check_settings(path: Path, settings: dict):
+    """Raises ValueError if the run that is to be gone on with was started with others."""
+    old = json.loads(path.read_text())
+    differ = [
+        f"{name} {old.get(group, {}).get(name)!r}, now {value!r}"
+        for group in settings
+        for name, value in settings[group].items()
+        if old.get(group, {}).get(name) != value
+    ]
+    if differ:
+        raise ValueError(
+            f"{path.parent} holds a run with other settings: {'; '.join(differ)}. Go on with those, or choose another "
+            "--output_dir to start anew."
+        )
+
+
+def train(trainer: Trainer, model_args, data_args):
+    """
+    Trains, from the last checkpoint in the output folder on if there is one, and writes the model, the metrics and the
+    curve there.
+
+    Raises:
+        ValueError: before any work, if nothing can be trained, or if the settings are not those of the checkpoint.
+    """
+    args = trainer.args
+    trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    if not trainable:
+        raise ValueError(
+            "No parameter of this model can be trained. Quantized weights are frozen: train LoRA or P-Tuning on them "
+            "(training.lora, training.ptuning), or dequantize() the model first."
+        )
+    total = sum(p.numel() for p in trainer.model.parameters())
+    logger.warning(f"{trainable:,} of {total:,} parameters are trained.")
+    settings = {
+        "model": asdict(model_args),
+        "data": asdict(data_args),
+        "training": {name: getattr(args, name) for name in SETTINGS},
+    }
+    settings = json.loads(json.dumps(settings, default=str))
+    path = Path(args.output_dir, "settings.json")
+    checkpoint = args.resume_from_checkpoint or last_checkpoint(args.output_dir)
+    if checkpoint and path.exists():
+        check_settings(path, settings)
+        logger.warning(f"Going on from {checkpoint}.")
+    if args.should_save:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    trainer.save_model()
+    trainer.save_state()
+    trainer.log_metrics("train", metrics)
+    trainer.save_metrics("train", metrics)
+    if args.should_save:
+        plot_curve(trainer.state.log_history, Path(args.output_dir, "curve.png"))
+
+
+def evaluate(trainer: Trainer):
+    """Writes the loss and perplexity on the held-out data."""
+    metrics = trainer.evaluate()
+    trainer.log_metrics("eval", metrics)
+    trainer.save_metrics("eval", metrics)
+
+
+def plot_curve(log_history: list[dict], path: Path):
+    """Plots the loss over the steps, and that on held-out data where there is one."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for key, label, style in (("loss", "training", "-"), ("eval_loss", "held out", "o-")):
+        points = [(entry["step"], entry[key]) for entry in log_history if key in entry]
+        if points:
+            axes.plot(*zip(*points), style, label=label, markersize=4)
+    axes.set(xlabel="step", ylabel="loss, nats per token")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
