@@ -393,6 +393,7 @@ class ChatGLMQuantizer(HfQuantizer):
 
     requires_calibration = False
     is_trainable = True  # with adapters
+    is_qat_trainable = False  # without, which the Trainer refuses but where there is a P-Tuning prefix
     is_compileable = True
     serialized_names = {"weight": ["weight", "weight_scale"]}
 
@@ -427,6 +428,7 @@ class ChatGLMQuantizer(HfQuantizer):
                 check_state(name, module)
                 module.requires_grad_(False)
         model.config.quantization_bit = self.quantization_config.bits
+        self.is_qat_trainable = model.config.pre_seq_len is not None
         return model
 
     def dequantize(self, model, dtype=None):
@@ -511,6 +513,7 @@ def quantize(
         if not is_quantized(old := model.get_submodule(name)):
             replace_layer(model, name, layer, *layer.quantize(old.weight.detach(), config.scale_search))
     model.hf_quantizer = ChatGLMQuantizer(config, pre_quantized=True)
+    model.hf_quantizer.is_qat_trainable = model.config.pre_seq_len is not None
     model.is_quantized = True
     model.quantization_method = QUANT_METHOD
     model.config.quantization_config = config

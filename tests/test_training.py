@@ -205,7 +205,7 @@ def test_quantized_weights_stay_as_they_are(recipe, start, data, tmp_path):
         recipe, start, data, tmp_path, "--quantization_bit", "4", "--learning_rate", "3e-2", "--gradient_checkpointing"
     )
     assert losses(log)[-1] < losses(log)[0]
-    with pytest.raises(ValueError, match="LoRA or P-Tuning"):
+    with pytest.raises(ValueError, match="attach trainable adapters"):
         run(sft, start, data, tmp_path / "sft", "--quantization_bit", "4")
 
 
@@ -252,7 +252,7 @@ def test_yaml_and_command_line(start, data, tmp_path):
     sft.main(["--config", str(config), "--output_dir", str(tmp_path / "out"), "--max_steps", "1", "--use_cpu"])
     settings = json.loads((tmp_path / "out/settings.json").read_text())["training"]
     assert settings["max_steps"] == 1 and settings["learning_rate"] == 0.01
-    config.write_text("no_such_option: 1\n")
+    config.write_text(f"model_name_or_path: {start}\nno_such_option: 1\n")
     for options, message in (
         (["--config", str(config)], "no_such_option"),
         (["--config", "missing.yaml"], "There is no file missing.yaml"),
@@ -279,7 +279,7 @@ def test_scores():
         {"rouge-1": 100, "rouge-2": 100, "rouge-l": 100, "bleu-4": 100}, abs=1e-3
     )
     assert set(predict.score(["", "  "], ["好", "好"]).values()) == {0.0}
-    scores = predict.score(["今天天气不好"], ["今天天气很好"])
+    scores = predict.score(["今天天气非常不好"], ["今天天气非常好"])
     assert 0 < scores["rouge-2"] < scores["rouge-1"] < 100 and 0 < scores["bleu-4"] < 100
 
 
@@ -288,19 +288,9 @@ def test_two_processes_learn_as_one(engine, start, data, tmp_path):
     """The same curve as one process with twice the batch."""
     options = ["--model_name_or_path", str(start), "--train_file", data["pairs"], *STEPS, "--max_grad_norm", "0"]
     expected = run(sft, start, data, tmp_path / "one", "--per_device_train_batch_size", "8", "--max_grad_norm", "0")
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(free_port())]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
     options += ["--output_dir", str(tmp_path / "two"), "--per_device_train_batch_size", "4"]
-    options += ["--fsdp_size", "2"] if engine == "fsdp" else []
+    options += ["--fsdp_size", "2", "--save_strategy", "no"] if engine == "fsdp" else []
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         [*launch, "-m", "training.sft", *options], cwd=ROOT, env=env, capture_output=True, text=True, timeout=240
