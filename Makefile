@@ -26,7 +26,7 @@ test-transformers-%: .venv-%/installed-test
 
 # Other libraries' quantization of weights and caches. They print at every import, so they do not go into .venv.
 test-quantizers: .venv-quantizers/installed-quantizers
-	OMP_NUM_THREADS=1 .venv-quantizers/bin/python -m pytest tests/test_quantization.py tests/test_long_context.py -k "bitsandbytes or torchao or quantized_cache" $(ARGS)
+	OMP_NUM_THREADS=1 .venv-quantizers/bin/python -m pytest tests/test_quantization.py tests/test_long_context.py tests/test_training.py -k "bitsandbytes or torchao or quantized_cache" $(ARGS)
 
 lint: .venv/installed-test
 	.venv/bin/ruff check .

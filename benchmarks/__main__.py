@@ -17,7 +17,7 @@ from .measure import SHARED
 from .random_checkpoint import ROOT
 
 
-NAMES = ["tokenizer", "quantization_quality", "decode", "attention", "prompts", "rounds", "batching"]
+NAMES = ["tokenizer", "quantization_quality", "decode", "attention", "prompts", "rounds", "batching", "training"]
 NEED_DATA = ["tokenizer", "quantization_quality"]  # texts that are not part of this repository
 
 

@@ -96,7 +96,7 @@ def main():
     for precision, bits in (("bfloat16", None), ("int8", 8), ("int4", 4)):
         folder = args.work / f"{f'int{bits}' if bits else 'bf16'}-{args.layers}"
         quantization = {"quantize_embeddings": True} if bits else {}
-        prepared(folder, write_checkpoint, layers=args.layers, bits=bits, **quantization)
+        prepared(folder, write_checkpoint, bits=bits, quantization=quantization, num_layers=args.layers)
         model = load(folder, dtype=torch.bfloat16, device=args.device)
         limit = bandwidth * 1e9 / weight_bytes(model)
         ways = [(name, {}) for name in (attention_implementations(args.device) if bits is None else ["sdpa"])]

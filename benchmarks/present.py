@@ -232,6 +232,39 @@ def batching_plot(figures: dict, plt):
     return figure
 
 
+def training_text(figures: dict) -> str:
+    rows = []
+    for way, row in figures["ways"].items():
+        this, peer, ratio = row["this"], row.get("GlmForCausalLM"), row.get("ratio")
+        cells = [
+            way,
+            f"{this['tokens_s']:.0f}",
+            *([f"{peer['tokens_s']:.0f}", f"{ratio['tokens_s']:.2f}"] if peer else ["", ""]),
+        ]
+        rows.append([*cells, f"{this['peak_gb']:.2f}", f"{peer['peak_gb']:.2f}" if peer else ""])
+    shape = figures["shape"]
+    header = ["", "this, tokens/s", "GlmForCausalLM", "ratio", "this, peak GB", "GlmForCausalLM"]
+    return table(header, rows) + (
+        f"\n\n{shape['num_layers']} layers of width {shape['hidden_size']}, float32, {figures['rows']} rows of "
+        f"{figures['length']:,} tokens a step, both with the same weights under the same Trainer. QLoRA is on this package's "
+        "INT4, and on bitsandbytes' NF4; P-Tuning is beside PEFT's prefix tuning of as many positions."
+    )
+
+
+def training_plot(figures: dict, plt):
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
+    for axis, key, title in zip(axes, ("tokens_s", "peak_gb"), ("Speed, tokens per second", "Peak memory, GB")):
+        for i, row in enumerate(figures["ways"].values()):
+            for offset, system, color in ((-0.2, "this", OURS), (0.2, "GlmForCausalLM", PEER)):
+                if system in row:
+                    label = {"this": "this package", "GlmForCausalLM": "GlmForCausalLM (Transformers)"}[system]
+                    axis.bar(i + offset, row[system][key], 0.4, color=color, label=None if i else label)
+        axis.set_xticks(range(len(figures["ways"])), figures["ways"])
+        axis.set(title=title)
+    axes[0].legend()
+    return figure
+
+
 def tokenizer_text(figures: dict) -> str:
     rows = [
         [r["text"], r["task"], f"{r['slow']:.2f}", f"{r['this']:.2f}", f"{r['ratio']:.1f}"] for r in figures["rows"]
@@ -281,6 +314,7 @@ SECTIONS = {
     "prompts": ("Long prompts", prompts_text, prompts_plot),
     "rounds": ("Rounds of a dialogue", rounds_text, rounds_plot),
     "batching": ("Several requests", batching_text, batching_plot),
+    "training": ("Training", training_text, training_plot),
     "tokenizer": ("Tokenizer", tokenizer_text, tokenizer_plot),
     "quantization_quality": ("What quantization costs", quantization_quality_text, quantization_quality_plot),
 }

@@ -15,20 +15,27 @@ TINY = ROOT / "checkpoints/tiny"
 CODE = ("*_chatglm.py", "quantization*.py", "*.jinja", "tokenizer_config.json", "generation_config.json")
 
 
-def write_checkpoint(folder: Path, layers: int = 28, bits: int | None = None, dtype=torch.bfloat16, **quantization):
+def write_checkpoint(
+    folder: Path,
+    bits: int | None = None,
+    dtype=torch.bfloat16,
+    quantization: dict | None = None,
+    **sizes,
+):
     """
     Writes a checkpoint of the 6B shape, layer by layer.
 
     Args:
         bits: 4 or 8, or None for weights in `dtype`.
         quantization: Other options of `ChatGLMQuantizationConfig`.
+        sizes: Fields of config.json that are to be others.
     """
     folder.mkdir(parents=True)
     for pattern in CODE:
         for path in ROOT.glob(pattern):
             (folder / path.name).symlink_to(path)
     (folder / "tokenizer.model").symlink_to(TINY / "tokenizer.model")
-    config = {**json.loads((ROOT / "config.json").read_text()), "num_layers": layers}
+    config = {**json.loads((ROOT / "config.json").read_text()), **sizes}
     config["torch_dtype"] = str(dtype).removeprefix("torch.")
     config_path = folder / "config.json"
     config_path.write_text(json.dumps(config))
@@ -38,8 +45,9 @@ def write_checkpoint(folder: Path, layers: int = 28, bits: int | None = None, dt
         model = AutoModel.from_config(model_config, trust_remote_code=True, dtype=dtype)
         if bits is not None:
             formats = sys.modules[inspect.getmodule(type(model)).quantize.__module__]
-            config["quantization_config"] = {"quant_method": "chatglm", "bits": bits, **quantization}
-            options = formats.ChatGLMQuantizationConfig(bits=bits, **quantization)
+            options = {"bits": bits, **(quantization or {})}
+            config["quantization_config"] = {"quant_method": "chatglm", **options}
+            options = formats.ChatGLMQuantizationConfig(**options)
             for name, layer in formats.empty_layers(model, options).items():
                 model.set_submodule(name, layer)
     config_path.write_text(json.dumps(config))

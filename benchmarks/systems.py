@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shutil
 import statistics
 import sys
 import time
@@ -24,8 +25,8 @@ class Ours:
 
     def __init__(self, work: Path, layers: int, bits: int | None, dtype=torch.float32):
         folder = work / f"{f'int{bits}' if bits else 'bf16'}-{layers}"
-        options = {"quantize_embeddings": True} if bits else {}
-        prepared(folder, write_checkpoint, layers=layers, bits=bits, **options)
+        quantization = {"quantize_embeddings": True} if bits else None
+        prepared(folder, write_checkpoint, bits=bits, quantization=quantization, num_layers=layers)
         with PeakMemory() as memory:
             start = time.perf_counter()
             self.model = load(folder, dtype=dtype)
@@ -131,6 +132,7 @@ def prepared(path: Path, write, **kwargs) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         print(f"writing {path}", file=sys.stderr)
         unfinished = path.with_name(path.name + ".part")
+        shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was interrupted
         write(unfinished, **kwargs)
         os.replace(unfinished, path)
     return path

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from test_parallel import free_port
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from conftest import ROOT, SMALL, TINY
 from training import lora, predict, pretrain, ptuning, sft
+from training.data import DataArguments, encode_dialogue
 from training.trainer import RecipeTrainer, last_checkpoint
 
 
@@ -207,6 +208,32 @@ def test_quantized_weights_stay_as_they_are(recipe, start, data, tmp_path):
     assert losses(log)[-1] < losses(log)[0]
     with pytest.raises(ValueError, match="attach trainable adapters"):
         run(sft, start, data, tmp_path / "sft", "--quantization_bit", "4")
+
+
+def test_qlora_on_bitsandbytes(start, data, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    log = run(lora, start, data, tmp_path, "--load_in_4bit", "--dtype", "float32", "--learning_rate", "3e-2")
+    assert losses(log)[-1] < losses(log)[0]
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+
+
+def test_trl_learns_answers_only(start, data, tmp_path):
+    """TRL's own trainer, by the chat template: what it predicts are the ids that the recipes predict."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    messages = [{"role": "user", "content": "Say red"}, {"role": "assistant", "content": "red blue"}]
+    tokenizer = AutoTokenizer.from_pretrained(start, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(start, trust_remote_code=True)
+    args = SFTConfig(tmp_path, assistant_only_loss=True, max_steps=2, use_cpu=True, bf16=False, report_to="none")
+    rows = Dataset.from_list([{"messages": messages}] * 8)
+    trainer = SFTTrainer(model, args, train_dataset=rows, processing_class=tokenizer)
+    batch = next(iter(trainer.get_train_dataloader()))
+    expected = encode_dialogue(tokenizer, messages, DataArguments())
+    assert batch["input_ids"][0].tolist() == expected.input_ids
+    assert batch["labels"][0].tolist() == expected.labels
+    trainer.train()
+    assert math.isfinite(trainer.state.log_history[-1]["train_loss"])
 
 
 def test_adapters_can_be_merged(start, data, tmp_path):
