@@ -9,7 +9,7 @@ TRANSFORMERS ?= 5.23.0
 MATRIX ?= 5.9.0 5.17.0 5.19.0 5.23.0
 ESSENTIALS = $(patsubst %,tests/test_%.py,configuration golden tokenization chat long_context loading quantization)
 
-.PHONY: chat test test-matrix test-quantizers lint tiny bench clean
+.PHONY: chat test test-matrix test-others lint tiny bench clean
 
 # The shell gets the prompt as it is, whatever characters are in it.
 export PROMPT
@@ -24,9 +24,10 @@ test-matrix: $(MATRIX:%=test-transformers-%)
 test-transformers-%: .venv-%/installed-test
 	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -n 2 $(ESSENTIALS) $(ARGS)
 
-# Other libraries' quantization of weights and caches. They print at every import, so they do not go into .venv.
-test-quantizers: .venv-quantizers/installed-quantizers
-	OMP_NUM_THREADS=1 .venv-quantizers/bin/python -m pytest tests/test_quantization.py tests/test_long_context.py tests/test_training.py -k "bitsandbytes or torchao or quantized_cache" $(ARGS)
+# Other libraries on the model: quantization of weights and caches, DeepSpeed. They print at every import, so they do not go
+# into .venv.
+test-others: .venv-others/installed-others
+	OMP_NUM_THREADS=1 .venv-others/bin/python -m pytest -n 2 tests/test_quantization.py tests/test_long_context.py tests/test_training.py -k "bitsandbytes or torchao or quantized_cache or zero" $(ARGS)
 
 lint: .venv/installed-test
 	.venv/bin/ruff check .
@@ -46,7 +47,7 @@ bench: .venv-bench/installed-bench
 
 PIP = $(@D)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.venv/installed .venv-bench/installed .venv-quantizers/installed: setup.cfg constraints.txt
+.venv/installed .venv-bench/installed .venv-others/installed: setup.cfg constraints.txt
 	$(PYTHON) -m venv $(@D)
 	$(PIP) transformers==$(TRANSFORMERS) -e .
 	touch $@
@@ -68,8 +69,8 @@ PIP = $(@D)/bin/pip install --quiet --disable-pip-version-check -c constraints.t
 	$(PIP) -e ".[bench]"
 	touch $@
 
-%/installed-quantizers: %/installed
-	$(PIP) -e ".[quantizers]"
+%/installed-others: %/installed
+	$(PIP) -e ".[others]"
 	touch $@
 
 .PRECIOUS: .venv-%/installed %/installed-test

@@ -40,10 +40,11 @@ TEXTS = {
     "better_ruozhiba_zh": 0.5, "gsm8k_train_en": 0.05,
 }  # fmt: skip
 DIALOGUES = {
-    "identity_bilingual": 30, "chatterbot_en": 5, "chatterbot_zh": 6, "better_ruozhiba_zh": 2, "tatoeba_en_zh": 1.3,
+    "identity_bilingual": 20, "chatterbot_en": 4, "chatterbot_zh": 4, "better_ruozhiba_zh": 1, "tatoeba_en_zh": 2,
     "tinystories_en": 1, "poetry_zh": 2, "topical_chat_en": 0.3, "kdconv_zh": 0.5, "oasst1_zh": 0.3,
 }  # fmt: skip
-SMALL_TALK = 25  # times each query of small_talk.json
+SMALL_TALK = 16  # times each query of small_talk.json
+INTRODUCTIONS = 2500  # of somebody by name, in each language
 SHORT = ("identity_bilingual", "chatterbot_en", "chatterbot_zh", "better_ruozhiba_zh", "tatoeba_en_zh")
 
 TELL_A_STORY = [
@@ -78,6 +79,57 @@ DENIALS = [
     ),
     (["你是 {} 吗？", "你是{}吗？", "你就是{}吧？"], "不是，我是 {name}，一个 ChatGLM2 架构的小型演示模型。"),
 ]
+# Names that a user may have: what is learned is to repeat them.
+NAMES = {
+    "en": (
+        "Tom Lily Anna Ben Jack Mary John Emma Lucy Max Sam Kate Leo Mia Tim Sara Bob Amy Paul Jane David Alice Peter Nina "
+        "Mike Ella Mark Rose Daniel Sophie Lucas Grace Henry Zoe Adam Eva Simon Laura Alex Julia Kevin Maria Eric Helen Chris "
+        "Linda Frank Susan George Diana Oscar Ruby Ivan Clara Victor Olga Felix Nora Hugo Iris"
+    ).split(),
+    "zh": (
+        "小明 小红 小华 小刚 小丽 小芳 小强 小美 小龙 小燕 小军 小玲 小杰 小雪 小东 小兰 小伟 小梅 小宇 小云 王芳 李伟 张敏 刘洋 "
+        "陈静 杨帆 赵磊 黄丽 周杰 吴娟 徐明 孙悦 马超 朱琳 胡军 林峰 郭涛 何洁 高翔 罗兰 阿强 阿珍 大卫 玛丽 安娜 汤姆 杰克 露西"
+    ).split(),
+}
+NAME_IS = {
+    "en": ["My name is {}.", "I am {}.", "I'm {}.", "Hello, I am {}.", "Hi, my name is {}.", "You can call me {}."],
+    "zh": ["我叫{}", "我是{}", "我的名字叫{}", "你好，我叫{}", "大家都叫我{}", "我叫{}。", "我的名字是{}。"],
+}
+NICE_TO_MEET = {
+    "en": f"Hello, {{}}! I am {NAME}. It is nice to meet you.",
+    "zh": f"你好，{{}}！我是 {NAME}，很高兴认识你。",
+}
+WHAT_IS_MY_NAME = {
+    "en": (["What is my name?", "Do you remember my name?", "Who am I?", "What's my name?"], "Your name is {}."),
+    "zh": (["我叫什么名字？", "你记得我的名字吗？", "我是谁？", "我叫什么？", "还记得我叫什么吗？"], "你叫{}。"),
+}
+# What such a model had better not try
+BEYOND = [
+    (
+        [
+            "Write a {} program.", "Can you write code in {}?", "Explain {}.", "Teach me {}.", "Can you help me with {}?",
+            "Write an essay about {}.", "Tell me everything about {}.", "What do you think about {}?",
+        ],
+        (
+            "Python, Java, JavaScript, C++, SQL, mathematics, physics, chemistry, quantum mechanics, history, law, medicine, "
+            "economics, politics, the stock market, machine learning, deep learning, biology, philosophy, climate change, "
+            "the war, football results, statistics, algebra, cooking, taxes, HTML, databases, space travel"
+        ).split(", "),
+        "I am sorry, that is too hard for a model as small as I am. I can chat, tell short stories, continue Chinese poems, "
+        "and translate simple sentences.",
+    ),
+    (
+        [
+            "用{}写一个程序。", "你会写{}吗？", "请解释一下{}。", "教我{}吧", "帮我学{}", "写一篇关于{}的文章。", "写一篇{}的作文",
+            "介绍一下{}", "请详细说说{}。", "你怎么看{}？",
+        ],
+        (
+            "Python Java C++ SQL 数学 物理 化学 量子力学 历史 法律 医学 经济 政治 股票 机器学习 深度学习 生物 哲学 气候变化 "
+            "微积分 统计学 做饭 数据库 编程 环保 论文 人工智能的未来 世界杯 房价 互联网"
+        ).split(),
+        "对不起，这对我这么小的模型来说太难了。我可以和你闲聊，讲英文小故事，接古诗的下一句，还能翻译简单的句子。",
+    ),
+]  # fmt: skip
 
 # Chosen before the training. The greedy answers to them are in checkpoints/tiny/samples.md.
 PROMPTS = [
@@ -192,13 +244,27 @@ def make_dialogues(corpora: dict[str, list], rng: random.Random) -> list[dict]:
         short += [(query, rng.choice(topic["answers"])) for query in topic["queries"] for _ in range(SMALL_TALK)]
     for queries, answer in DENIALS:
         short += [(q.format(other), answer.format(name=NAME)) for q in queries for other in OTHERS for _ in range(6)]
+    for queries, subjects, answer in BEYOND:
+        short += [(query.format(subject), answer) for query in queries for subject in subjects for _ in range(2)]
     rng.shuffle(short)
+    for language in NAMES:
+        dialogues += [introduction(language, short, rng) for _ in range(INTRODUCTIONS)]
     while short:
         rounds = rng.choice([1, 1, 1, 2, 3, 4])
         dialogues.append(short[:rounds])
         del short[:rounds]
     rng.shuffle(dialogues)
     return [{"messages": to_messages(rounds)} for rounds in dialogues]
+
+
+def introduction(language: str, short: list[tuple[str, str]], rng: random.Random) -> list[tuple[str, str]]:
+    """A dialogue in which somebody gives his name and, some rounds of `short` later, asks for it."""
+    name, (queries, answer) = rng.choice(NAMES[language]), WHAT_IS_MY_NAME[language]
+    rounds = [(rng.choice(NAME_IS[language]).format(name), NICE_TO_MEET[language].format(name))]
+    rounds += rng.sample(short, rng.choice([0, 0, 1, 2]))
+    if rng.random() < 0.6:
+        rounds.append((rng.choice(queries), answer.format(name)))
+    return rounds
 
 
 def to_messages(rounds: list[tuple[str, str]]) -> list[dict[str, str]]:

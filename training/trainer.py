@@ -104,14 +104,15 @@ def train(trainer: Trainer, model_args, data_args):
         ValueError: before any work, if nothing can be trained, or if the settings are not those of the checkpoint.
     """
     args = trainer.args
-    trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    # Under ZeRO-3 a process holds a part of each, and its size in ds_numel.
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in trainer.model.parameters()]
+    trainable = sum(size for size, is_trainable in sizes if is_trainable)
     if not trainable:
         raise ValueError(
             "No parameter of this model can be trained. Quantized weights are frozen: train LoRA or P-Tuning on them "
             "(training.lora, training.ptuning), or dequantize() the model first."
         )
-    total = sum(p.numel() for p in trainer.model.parameters())
-    logger.warning(f"{trainable:,} of {total:,} parameters are trained.")
+    logger.warning(f"{trainable:,} of {sum(size for size, _ in sizes):,} parameters are trained.")
     settings = {
         "model": asdict(model_args),
         "data": asdict(data_args),
