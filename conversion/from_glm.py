@@ -1,0 +1,110 @@
+"""
+Converts a `GlmForCausalLM` checkpoint to ChatGLM2's: what `conversion.to_glm` wrote, also after other software trained it.
+
+    python -m conversion.from_glm --model chatglm2-6b-glm --output chatglm2-6b
+
+Needs ChatGLM2's tokenizer.model in the folder, where `conversion.to_glm` put it.
+"""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from transformers import GlmConfig, GlmForCausalLM
+
+from .checkpoint import (
+    ROOT, check_folder, check_names, meta_model, new_folder, plain_errors, product, read_json, weight_files, with_progress,
+    write_package, write_weights,
+)  # fmt: skip
+from .to_glm import glm_names
+
+
+def chatglm_config(folder: Path) -> tuple[GlmConfig, dict]:
+    """
+    Returns GLM's configuration, and the fields of ChatGLM2's config.json.
+
+    Raises:
+        ValueError: if the folder holds another architecture, or a GLM that ChatGLM2 has no words for.
+    """
+    written = read_json(check_folder(folder) / "config.json")
+    if written.get("model_type") != "glm":
+        raise ValueError(f"{folder} holds a model of type {written.get('model_type')!r}, not 'glm' (GlmForCausalLM).")
+    config = GlmConfig.from_pretrained(folder)
+    rope = dict(config.rope_parameters)
+    for name, value, only in (
+        ("hidden_act", config.hidden_act, "silu"),
+        ("partial_rotary_factor", rope.pop("partial_rotary_factor", 0.5), 0.5),
+    ):
+        if value != only:
+            raise ValueError(f"ChatGLM2 has nothing for {name}={value!r}: only {only!r} can be converted.")
+    fields = dict(
+        read_json(ROOT / "config.json"),
+        add_qkv_bias=config.attention_bias,
+        attention_dropout=config.attention_dropout,
+        eos_token_id=config.eos_token_id,
+        ffn_hidden_size=config.intermediate_size,
+        hidden_size=config.hidden_size,
+        kv_channels=config.head_dim,
+        layernorm_epsilon=config.rms_norm_eps,
+        multi_query_attention=getattr(config, "multi_query_attention", True),
+        multi_query_group_num=config.num_key_value_heads,
+        num_attention_heads=config.num_attention_heads,
+        num_layers=config.num_hidden_layers,
+        pad_token_id=config.pad_token_id,
+        padded_vocab_size=config.vocab_size,
+        seq_length=config.max_position_embeddings,
+        tie_word_embeddings=config.tie_word_embeddings,
+        torch_dtype=str(config.dtype).removeprefix("torch."),
+    )
+    if rope["rope_type"] == "linear" and rope["rope_theta"] == 10000:
+        fields["rope_ratio"] = rope["factor"]  # as published
+    elif rope != {"rope_type": "default", "rope_theta": 10000}:
+        fields["rope_parameters"] = rope
+    return config, fields
+
+
+def fuse_query_key_value(parts: list[torch.Tensor], config) -> torch.Tensor:
+    """The inverse of `to_glm.split_query_key_value`."""
+    if config.multi_query_attention:
+        return torch.cat(parts)
+    heads = [part.unflatten(0, (config.num_attention_heads, config.kv_channels)) for part in parts]
+    return torch.stack(heads, dim=1).flatten(0, 2)
+
+
+def chatglm_tensors(files: list[Path], names: dict[str, torch.Tensor], model) -> Iterator[tuple[str, torch.Tensor]]:
+    sources = {name: glm_names(name) for name in model.state_dict()}
+    target = {source: name for name, parts in sources.items() for source in parts}
+    waiting: dict[str, dict] = {}  # of query, key and value, until all three were read
+    for source, tensor in with_progress(files, names, "Converting from GLM"):
+        name = target[source]
+        if len(sources[name]) == 1:
+            yield name, tensor
+            continue
+        waiting.setdefault(name, {})[source] = tensor
+        if len(waiting[name]) == 3:
+            parts = waiting.pop(name)
+            yield name, fuse_query_key_value([parts[part] for part in sources[name]], model.config)
+
+
+def convert(model: Path, output: Path):
+    glm_config, fields = chatglm_config(model)
+    with torch.device("meta"):
+        names = check_names(files := weight_files(model), GlmForCausalLM(glm_config))
+    chatglm = meta_model(product("configuration_chatglm.ChatGLMConfig").from_dict(fields))
+    with new_folder(output) as folder:
+        write_package(folder, model, fields, settings=())  # GLM's tokenizer has other names
+        write_weights(folder, chatglm_tensors(files, names, chatglm))
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="a folder with a GlmForCausalLM")
+    parser.add_argument("--output", type=Path, required=True, help="the folder to write")
+    args = parser.parse_args(argv)
+    with plain_errors():
+        convert(args.model, args.output)
+
+
+if __name__ == "__main__":
+    main()

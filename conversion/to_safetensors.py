@@ -1,0 +1,33 @@
+"""
+Rewrites a checkpoint's `.bin` files as safetensors, tensor by tensor: the model is never in memory.
+
+    python -m conversion.to_safetensors --model path/to/chatglm2-6b --output chatglm2-6b-safetensors
+
+The values are the same to the bit; `inv_freq`, which is computed, is left out. The output is a whole checkpoint, with this
+package's code. Quantized checkpoints are taken too.
+"""
+
+import argparse
+from pathlib import Path
+
+from .checkpoint import SHARD_BYTES, TINY, Checkpoint, new_folder, plain_errors, write_package, write_weights
+
+
+def convert(model: Path, output: Path, shard_bytes: int = SHARD_BYTES):
+    checkpoint = Checkpoint(model)
+    with new_folder(output) as folder:
+        write_package(folder, model, checkpoint.config_dict)
+        write_weights(folder, checkpoint.tensors("Writing safetensors"), shard_bytes)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=TINY, help="a checkpoint folder (default: checkpoints/tiny)")
+    parser.add_argument("--output", type=Path, required=True, help="the folder to write")
+    args = parser.parse_args(argv)
+    with plain_errors():
+        convert(args.model, args.output)
+
+
+if __name__ == "__main__":
+    main()
