@@ -82,18 +82,25 @@ class Checkpoint:
 
     def plain_tensors(self, doing: str) -> Iterator[tuple[str, torch.Tensor]]:
         """As `tensors`, but quantized weights are dequantized one by one, into the dtype of their scales."""
-        waiting = {}
-        for name, tensor in self.tensors(doing):
+        return self._dequantized(self.tensors(doing))
+
+    def plain_names(self) -> dict[str, torch.Tensor]:
+        """What `plain_tensors` yields, in its order, as meta tensors."""
+        return dict(self._dequantized(self.names.items()))
+
+    def _dequantized(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        waiting: dict[str, dict] = {}  # weights or scales, until the other was read
+        for name, tensor in tensors:
             layer, _, kind = name.rpartition(".")
             if layer not in self.quantized or kind == "bias":
                 yield name, tensor
                 continue
             waiting.setdefault(layer, {})[kind] = torch.nn.Parameter(tensor, requires_grad=False)
             if len(waiting[layer]) == 2:
-                quantized = self.quantized[layer]
-                quantized.weight, quantized.weight_scale = (waiting[layer][k] for k in ("weight", "weight_scale"))
+                quantized, parts = self.quantized[layer], waiting.pop(layer)
+                quantized.weight, quantized.weight_scale = parts["weight"], parts["weight_scale"]
                 yield f"{layer}.weight", quantized.dequantize().weight.detach()
-                del waiting[layer], quantized.weight, quantized.weight_scale
+                quantized.weight = quantized.weight_scale = None
 
     def check_standard(self, target: str):
         """Raises `ValueError` if the model is a variant of ChatGLM2 that `target` has no words for."""
@@ -250,18 +257,33 @@ def new_folder(output: Path) -> Iterator[Path]:
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} exists already. Give another --output, or remove it.")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
-    try:
+    with unfinished_folder(output) as unfinished:
         yield unfinished
-        umask = os.umask(0)
-        os.umask(umask)
-        for path in (unfinished, *unfinished.iterdir()):  # mkdtemp and safetensors keep them to the user alone
-            if not path.is_symlink():
-                path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
         if output.exists():
             output.rmdir()
         unfinished.rename(output)
+
+
+@contextmanager
+def new_file(output: Path) -> Iterator[Path]:
+    """As `new_folder`, for a file."""
+    if output.exists():
+        raise ValueError(f"{output} exists already. Give another --output, or remove it.")
+    with unfinished_folder(output) as unfinished:
+        yield unfinished / output.name
+        (unfinished / output.name).rename(output)
+
+
+@contextmanager
+def unfinished_folder(output: Path) -> Iterator[Path]:
+    """Gives a folder beside `output`, on the same disk."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    umask = os.umask(0)
+    os.umask(umask)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    unfinished.chmod(0o777 & ~umask)  # mkdtemp keeps it to the user alone
+    try:
+        yield unfinished
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -296,7 +318,9 @@ def write_weights(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], sha
     total = 0
 
     def write():
-        save_file(shard, folder / f"{len(shards)}.safetensors", {"format": "pt"})
+        path = folder / f"{len(shards)}.safetensors"
+        path.touch()  # with the user's permissions: safetensors would keep it to the user alone
+        save_file(shard, path, {"format": "pt"})
         shards.append(list(shard))
         shard.clear()
 

@@ -14,8 +14,18 @@ import torch
 from transformers import GlmConfig, GlmForCausalLM
 
 from .checkpoint import (
-    ROOT, check_folder, check_names, meta_model, new_folder, plain_errors, product, read_json, weight_files, with_progress,
-    write_package, write_weights,
+    ROOT,
+    check_folder,
+    check_names,
+    meta_model,
+    new_folder,
+    plain_errors,
+    product,
+    read_json,
+    weight_files,
+    with_progress,
+    write_package,
+    write_weights,
 )  # fmt: skip
 from .to_glm import glm_names
 

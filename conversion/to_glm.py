@@ -85,6 +85,11 @@ def glm_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
         yield from zip(names, [tensor] if len(names) == 1 else split_query_key_value(tensor, checkpoint.config))
 
 
+def rename_prompt_tokens(template: str) -> str:
+    """Returns the chat template with the renamed tokens in the prefix that it writes."""
+    return template.replace("[gMASK]sop", "[gMASK]" + RENAMED_TOKENS["sop"])
+
+
 def native_tokenizer(tokenizer) -> PreTrainedTokenizerFast:
     """Returns the tokenizer without this package's class: the same ids for texts that name no special token."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -106,7 +111,7 @@ def native_tokenizer(tokenizer) -> PreTrainedTokenizerFast:
         padding_side="left",
         clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"],
-        chat_template=tokenizer.chat_template.replace("[gMASK]sop", "[gMASK]<sop>"),
+        chat_template=rename_prompt_tokens(tokenizer.chat_template),
     )
 
 

@@ -1,0 +1,151 @@
+"""
+Converts a checkpoint to a GGUF file for llama.cpp, with its tokenizer and chat template:
+
+    python -m conversion.to_gguf --model path/to/chatglm2-6b --output chatglm2-6b-q4_0.gguf --type q4_0
+
+Types: f16, q8_0 and q4_0. In q4_0, embedding and output layer are q8_0. Vectors are float32. A weight whose columns are no
+multiple of 32 stays f16. Quantized checkpoints are dequantized first. Needs the package `gguf`. One tensor is in memory at
+a time.
+
+The format is that of llama.cpp's architecture `chatglm` (its conversion/chatglm.py), with SentencePiece's vocabulary. As in
+`conversion.to_glm`, the tokens `sop` and `eop` are called `<sop>` and `<eop>`: llama.cpp finds special tokens inside words.
+"""
+
+import argparse
+import re
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+
+from .checkpoint import TINY, Checkpoint, new_file, plain_errors, product
+from .to_glm import RENAMED_TOKENS, rename_prompt_tokens, split_query_key_value
+
+
+TYPES = {
+    "f16": (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
+    "q8_0": (gguf.GGMLQuantizationType.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
+    "q4_0": (gguf.GGMLQuantizationType.Q4_0, gguf.LlamaFileType.MOSTLY_Q4_0),
+}
+
+
+def write_architecture(writer: gguf.GGUFWriter, config):
+    """Writes the sizes of the network. Raises `ValueError` if llama.cpp would compute something else."""
+    if config.hidden_size != config.num_attention_heads * config.kv_channels:
+        raise ValueError(
+            f"llama.cpp computes heads of hidden_size / num_attention_heads ({config.hidden_size} / "
+            f"{config.num_attention_heads}), not of kv_channels={config.kv_channels}."
+        )
+    rope = config.rope_parameters
+    if rope["rope_type"] not in ("default", "linear"):
+        raise ValueError(
+            f"rope_type {rope['rope_type']!r} cannot be converted, only 'default' and 'linear' (rope_ratio). llama.cpp scales "
+            "positions by options of its own (--rope-scaling yarn): convert without rope_parameters."
+        )
+    writer.add_context_length(config.seq_length)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.ffn_hidden_size)
+    writer.add_block_count(config.num_layers)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.layernorm_epsilon)
+    writer.add_rope_dimension_count(config.kv_channels // 2)
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if rope["rope_type"] == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
+
+
+def write_vocabulary(writer: gguf.GGUFWriter, tokenizer, config):
+    """Writes a token for each row of the embedding, with SentencePiece's scores, and the chat template."""
+    sp, kinds = tokenizer.tokenizer.sp_model, gguf.TokenType
+    tokens, scores, types = [], [], []
+    for i in range(config.padded_vocab_size):
+        token = tokenizer.convert_ids_to_tokens(i)
+        if i < sp.vocab_size():
+            flags = (sp.is_unknown, kinds.UNKNOWN), (sp.is_control, kinds.CONTROL), (sp.is_byte, kinds.BYTE)
+            types.append(next((kind for is_so, kind in flags if is_so(i)), kinds.NORMAL))
+        elif not token:
+            token = f"[PAD{i}]"
+            types.append(kinds.UNUSED)
+        else:
+            types.append(kinds.CONTROL if i < tokenizer.vocab_size else kinds.USER_DEFINED)
+        tokens.append(RENAMED_TOKENS.get(token, token))
+        scores.append(sp.get_score(i) if i < sp.vocab_size() else 0.0)
+    writer.add_tokenizer_model("llama")  # SentencePiece
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_scores(scores)
+    writer.add_token_types(types)
+    writer.add_unk_token_id(sp.unk_id())
+    writer.add_bos_token_id(sp.bos_id())
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_pad_token_id(tokenizer.pad_token_id)
+    writer.add_add_bos_token(False)
+    writer.add_add_space_prefix(True)
+    # Transformers' marks of what is generated are unknown to other readers of templates.
+    template = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "{#- -#}", tokenizer.chat_template)
+    writer.add_chat_template(rename_prompt_tokens(template))
+
+
+def tensor_type(name: str, tensor: torch.Tensor, wanted: gguf.GGMLQuantizationType) -> gguf.GGMLQuantizationType:
+    kinds = gguf.GGMLQuantizationType
+    if tensor.ndim == 1:
+        return kinds.F32
+    if wanted != kinds.F16 and tensor.shape[1] % 32:
+        return kinds.F16
+    return kinds.Q8_0 if wanted == kinds.Q4_0 and not name.startswith("blk.") else wanted
+
+
+def convert(model: Path, output: Path, kind: str = "f16"):
+    checkpoint = Checkpoint(model)
+    checkpoint.check_standard("llama.cpp")
+    config = checkpoint.config
+    tokenizer = product("tokenization_chatglm.ChatGLMTokenizer").from_pretrained(model)
+    wanted, file_type = TYPES[kind]
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.CHATGLM, config.num_layers)
+
+    def gguf_name(name: str) -> str:
+        return names.get_name(name.removeprefix("transformer."), try_suffixes=(".weight", ".bias"))
+
+    with new_file(output) as path:
+        writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.CHATGLM])
+        writer.add_type(gguf.GGUFType.MODEL)
+        writer.add_name(model.resolve().name)
+        write_architecture(writer, config)
+        write_vocabulary(writer, tokenizer, config)
+        writer.add_file_type(file_type)
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        kinds = {}
+        for name, tensor in checkpoint.plain_names().items():
+            kinds[name] = tensor_type(gguf_name(name), tensor, wanted)
+            block, block_bytes = gguf.GGML_QUANT_SIZES[kinds[name]]
+            size = tensor.numel() // block * block_bytes
+            writer.add_tensor_info(gguf_name(name), tensor.shape, np.dtype(np.float32), size, raw_dtype=kinds[name])
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for name, tensor in checkpoint.plain_tensors(f"Converting to {kind}"):
+            if not torch.isfinite(tensor.half()).all():
+                raise ValueError(f"{name} has values that are not finite in float16, and cannot be converted.")
+            if ".query_key_value." in name:
+                tensor = torch.cat(list(split_query_key_value(tensor, config)))
+            writer.write_tensor_data(gguf.quants.quantize(tensor.float().numpy(), kinds[name]))
+        writer.close()
+    if unaligned := [name for name, dtype in kinds.items() if dtype.name == "F16" and kind != "f16"]:
+        print(f"{len(unaligned)} of {len(kinds)} tensors stay f16: their columns are no multiple of 32.")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=TINY, help="a checkpoint folder (default: checkpoints/tiny)")
+    parser.add_argument("--output", type=Path, required=True, help="the file to write")
+    parser.add_argument("--type", choices=TYPES, default="f16", help="default: %(default)s")
+    args = parser.parse_args(argv)
+    with plain_errors():
+        convert(args.model, args.output, args.type)
+
+
+if __name__ == "__main__":
+    main()
