@@ -58,7 +58,7 @@ def test_stream_chat(model, tokenizer):
     assert steps[-1] == (expected, history)
     for response, history in steps:
         assert history == [("你好", response)]
-        assert "\ufffd" not in response or response == expected
+        assert not response.endswith("\ufffd") or response == expected  # half a character is not shown
 
 
 def test_stream_generate(model, tokenizer):

@@ -336,5 +336,6 @@ def test_two_processes_learn_as_one(engine, start, data, tmp_path):
     assert losses(log_of(tmp_path / "two")) == pytest.approx(losses(expected), rel=1e-3)
     saved = AutoModel.from_pretrained(tmp_path / "two", trust_remote_code=True).state_dict()
     assert {name: value.shape for name, value in saved.items()} == {
-        name: value.shape for name, value in AutoModel.from_pretrained(start, trust_remote_code=True).state_dict().items()
+        name: value.shape
+        for name, value in AutoModel.from_pretrained(start, trust_remote_code=True).state_dict().items()
     }
