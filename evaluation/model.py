@@ -1,0 +1,238 @@
+"""
+The harness's model for Transformers, made faster without other results: requests with the same examples share the encoding of
+what they have in common, answers are generated in batches that finished ones leave, and logits are computed where they are
+read. A batch that does not fit in memory is halved.
+"""
+
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+
+import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import postprocess_generated_text
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from transformers import DynamicCache
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+LEAST_PREFIX = 16  # tokens in common that are worth a cache of their own
+STEPS = 32  # of decoding between two looks at which answers are finished
+WINDOW = 2048  # tokens that perplexity is measured over at most, for models to be compared
+
+
+class EvaluatedModel(HFLM):
+    """
+    Args:
+        model, tokenizer: As loaded by Transformers.
+        batch_size: Requests at once, at first: it is halved when memory is too small.
+        progress: Is called with the number of requests that are done.
+    """
+
+    def __init__(self, model, tokenizer, batch_size: int = 16, progress: Callable[[int], None] = lambda n: None):
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, backend="causal")
+        self.progress = progress
+
+    def count_tokens(self, text: str) -> int:
+        return len(self.tok_encode(text))
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
+        # The harness would ask the tokenizer twice for each of four choices of the same prompt.
+        key = (string, add_special_tokens)
+        if key not in self._encoded:
+            if len(self._encoded) > 256:
+                self._encoded.clear()
+            self._encoded[key] = super().tok_encode(string, add_special_tokens, **kwargs)
+        return list(self._encoded[key])
+
+    @property
+    def _encoded(self) -> dict:
+        return self.__dict__.setdefault("_encoded_texts", {})
+
+    # Choices and perplexity
+
+    def loglikelihood(self, requests: list, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        return self._by_shots(
+            requests, lambda group: super(EvaluatedModel, self).loglikelihood(group, disable_tqdm=True)
+        )
+
+    def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = True) -> list[float]:
+        """
+        The log-likelihood of whole texts, in windows that overlap by half: each token but the first ones is predicted from
+        at least half a window before it. Each window begins with the special tokens that a text begins with.
+        """
+        special = self.tokenizer.encode("")
+        size = min(WINDOW, self.max_length) - len(special)
+        results = []
+        for request in requests:
+            tokens = self.tokenizer.encode(request.args[0], add_special_tokens=False)
+            windows = map(make_disjoint_window, get_rolling_token_windows(tokens, special[-1], size, size // 2))
+            rows = [(None, special + context[context[:1] == special[-1:] :], targets) for context, targets in windows]
+            results.append(sum(score for score, _ in self._loglikelihood_tokens(rows)))
+        return results
+
+    def _by_shots(self, requests: list, run: Callable) -> list:
+        """Runs requests with the same number of examples together, for they have those in common."""
+        groups = defaultdict(list)
+        for i, request in enumerate(requests):
+            groups[getattr(request, "shots", None)].append(i)
+        results = [None] * len(requests)
+        for group in groups.values():
+            for i, result in zip(group, run([requests[i] for i in group])):
+                results[i] = result
+        return results
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple], disable_tqdm: bool = True, **kwargs
+    ) -> list[tuple[float, bool]]:
+        """Requests are (texts, ids of the context, ids of the continuation); see `HFLM`."""
+        rows = defaultdict(list)  # what has to be encoded -> the requests that it answers: often four letters
+        for i, (_, context, continuation) in enumerate(requests):
+            rows[tuple((context + continuation)[-(self.max_length + 1) : -1])].append(i)
+        results = [None] * len(requests)
+
+        def run(batch: list[tuple], prefix: tuple, cache: DynamicCache | None):
+            rests = [row[len(prefix) :] for row in batch]
+            longest = max(map(len, rests))
+            ids = torch.tensor([[*rest, *[0] * (longest - len(rest))] for rest in rests], device=self.device)
+            most = [max(len(requests[i][2]) for i in rows[row]) for row in batch]
+            first = min(len(rest) - n for rest, n in zip(rests, most))
+            keep = torch.arange(max(first, 0), longest, device=self.device)  # logits of these positions
+            positions = torch.arange(len(prefix), len(prefix) + longest, device=self.device)[None].expand(
+                len(batch), -1
+            )
+            with torch.inference_mode():
+                logits = self.model(
+                    ids, position_ids=positions, past_key_values=cache, use_cache=cache is not None, logits_to_keep=keep
+                ).logits
+            for row, rest, scores in zip(batch, rests, logits):
+                for i in rows[row]:
+                    continuation = torch.tensor(requests[i][2], device=self.device)
+                    end = len(rest) - int(keep[0])
+                    chosen = scores[end - len(continuation) : end].float().log_softmax(-1)
+                    likelihood = chosen.gather(1, continuation[:, None]).sum().item()
+                    results[i] = likelihood, bool((chosen.argmax(-1) == continuation).all())
+                    self.progress(1)
+
+        room = max((len(continuation) for _, _, continuation in requests), default=0)
+        self._in_batches(list(rows), run, room)
+        return results
+
+    # Answers
+
+    def generate_until(self, requests: list, disable_tqdm: bool = True) -> list[str]:
+        return self._by_shots(requests, self._generate_group)
+
+    def _generate_group(self, requests: list) -> list[str]:
+        texts, options = [request.args[0] for request in requests], requests[0].args[1]
+        limit, until = options["max_gen_toks"], options["until"]
+        if options.get("do_sample") or any(request.args[1] != options for request in requests):
+            raise ValueError(f"The answers of a task are generated greedily and with the same options, got {options}.")
+        special = self.tokenizer.encode("")
+        room = self.max_length - limit
+        if room <= len(special):
+            raise ValueError(
+                f"max_gen_toks is {limit}, and must leave room for a prompt in the context of {self.max_length}."
+            )
+        rows = defaultdict(list)
+        for i, ids in enumerate(map(self.tok_encode, texts)):
+            if len(ids) > room:  # as the harness does, from the left, but not what a prompt begins with
+                ids = special + ids[len(special) - room :]
+            rows[tuple(ids)].append(i)
+        results = [None] * len(requests)
+
+        def run(batch: list[tuple], prefix: tuple, cache: DynamicCache | None):
+            for row, answer in self._answers(batch, prefix, cache, limit, until):
+                for i in rows[row]:
+                    results[i] = answer
+                self.progress(len(rows[row]))
+
+        self._in_batches(list(rows), run, 1)
+        return results
+
+    def _answers(self, batch: list[tuple], prefix: tuple, cache, limit: int, until: list[str]) -> Iterator[tuple]:
+        """Yields (row, answer) as they are finished. Padding stands behind the prefix."""
+        longest = max(map(len, batch))
+        pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        ids = torch.tensor([[*prefix, *[pad] * (longest - len(row)), *row[len(prefix) :]] for row in batch])
+        mask = torch.tensor(
+            [[1] * len(prefix) + [0] * (longest - len(row)) + [1] * (len(row) - len(prefix)) for row in batch]
+        )
+        ids, mask = ids.to(self.device), mask.to(self.device)
+        cache = DynamicCache(config=self.model.config) if cache is None else cache
+        while batch:
+            done = ids.shape[1] - longest
+            output = self.model.generate(
+                ids, attention_mask=mask, past_key_values=cache, do_sample=False, pad_token_id=pad, eos_token_id=eos,
+                max_new_tokens=min(STEPS, limit - done), return_dict_in_generate=True,
+            )  # fmt: skip
+            ids, cache = output.sequences, output.past_key_values
+            texts = self.tokenizer.batch_decode(ids[:, longest:], skip_special_tokens=True)
+            ended = (ids[:, longest:] == eos).any(-1).tolist()
+            full = ids.shape[1] - longest >= limit
+            kept = []
+            for i, (row, text) in enumerate(zip(batch, texts)):
+                if full or ended[i] or any(stop in text for stop in until):
+                    yield row, postprocess_generated_text(text, stop=until, think_end_token=None)
+                else:
+                    kept.append(i)
+            if kept and len(kept) < len(batch):
+                chosen = torch.tensor(kept, device=self.device)
+                ids, mask = ids[chosen], mask[chosen]
+                cache.batch_select_indices(chosen)
+            batch = [batch[i] for i in kept]
+            mask = torch.cat([mask, mask.new_ones(len(mask), ids.shape[1] - mask.shape[1])], dim=1)
+
+    # Both
+
+    def _in_batches(self, rows: list[tuple], run: Callable, room: int):
+        """
+        Calls `run(batch, prefix, cache)` for rows of token ids, those of similar length together, the longest first.
+
+        Args:
+            room: Tokens at the end of each row that are not to be in the prefix.
+        """
+        rows = sorted(rows, key=lambda row: (-len(row), row))
+        prefix = common_prefix(rows, room)
+        if len(rows) == 1 or len(prefix) < LEAST_PREFIX:
+            prefix = ()
+        shared = None
+        if prefix:
+            shared = DynamicCache(config=self.model.config)
+            with torch.inference_mode():
+                self.model(
+                    torch.tensor([prefix], device=self.device), past_key_values=shared, use_cache=True, logits_to_keep=1
+                )
+        start = 0
+        while start < len(rows):
+            batch = rows[start : start + self.batch_size_per_gpu]
+            try:
+                cache = copy.deepcopy(shared)
+                if cache is not None:
+                    cache.batch_repeat_interleave(len(batch))
+                run(batch, prefix, cache)
+            except Exception as error:
+                if not should_reduce_batch_size(error):
+                    raise
+                if len(batch) == 1:
+                    raise MemoryError(
+                        f"A single request of {len(batch[0]):,} tokens does not fit in memory. Quantize the model "
+                        "(--quantization int4), choose a smaller --dtype, or another --device."
+                    ) from error
+                self.batch_size_per_gpu = len(batch) // 2
+                logger.warning(f"{len(batch)} requests at once do not fit in memory; going on with {len(batch) // 2}.")
+                cache = None
+                clear_device_cache(garbage_collection=True)
+                continue
+            start += len(batch)
+
+
+def common_prefix(rows: list[tuple], room: int) -> tuple:
+    """What all rows begin with; each keeps `room` tokens, and one at least, behind it."""
+    least, most = min(rows), max(rows)  # in the order of the alphabet, so all others are between them
+    length = min(map(len, rows)) - max(room, 1)
+    same = next((i for i, (a, b) in enumerate(zip(least, most)) if a != b), min(len(least), len(most)))
+    return least[: max(min(same, length), 0)]

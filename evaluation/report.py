@@ -1,0 +1,251 @@
+"""
+Makes a report, Markdown and a plot, of one evaluation or several, beside the published figures.
+
+    python -m evaluation.report build/evaluation/float build/evaluation/int4 --output build/evaluation/report
+"""
+
+import argparse
+import json
+from collections import Counter
+from math import sqrt
+from pathlib import Path
+
+from .data import SUBJECTS
+from .protocol import CHOICES, SUITES
+
+
+PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))
+TITLES = {
+    "mmlu": "MMLU",
+    "ceval": "C-Eval",
+    "gsm8k": "GSM8K",
+    "gsm8k_zh": "GSM8K in Chinese",
+    "bbh": "BBH",
+}
+TEXTS = {"wikitext2": "WikiText-2 (English)", "ceval": "C-Eval's questions (Chinese)"}
+CHANCE = {"mmlu": 25, "ceval": 25}  # percent
+
+
+def wilson(correct: int, samples: int, z: float = 1.96) -> tuple[float, float]:
+    """The 95 % interval of a share (Wilson 1927), in percent."""
+    share = correct / samples
+    middle = (share + z * z / (2 * samples)) / (1 + z * z / samples)
+    half = z * sqrt(share * (1 - share) / samples + z * z / (4 * samples * samples)) / (1 + z * z / samples)
+    return 100 * max(middle - half, 0), 100 * min(middle + half, 1)
+
+
+def read(folder: Path) -> tuple[dict, list[dict]]:
+    """
+    Returns the settings of an evaluation and its tasks' results.
+
+    Raises:
+        ValueError: if the folder has none.
+    """
+    if not (folder / "settings.json").is_file():
+        raise ValueError(f"{folder} holds no evaluation: give the --output of evaluation.run.")
+    settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+    paths = sorted((folder / "tasks").glob("*.json"))
+    return settings, [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+
+
+def columns_of(suite: str, results: list[dict]) -> dict[str, tuple[int, int]]:
+    """(correct, samples) of each published column: all questions together, and of each category."""
+    sums = {name: (0, 0) for name in PUBLISHED["columns"][suite]}
+    for result in results:
+        names = ["Average"]
+        if suite in CHOICES:
+            names.append(SUBJECTS[suite][result["subject"]]["category"])
+        for name in names:
+            sums[name] = (sums[name][0] + result["correct"], sums[name][1] + result["samples"])
+    return sums
+
+
+def cell(correct: int, samples: int) -> str:
+    if not samples:
+        return ""
+    low, high = wilson(correct, samples)
+    return f"{100 * correct / samples:.2f} ({low:.1f} to {high:.1f})"
+
+
+def table(header: list[str], rows: list[list]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def label_of(settings: dict) -> str:
+    parts = [settings["name"], {"int4": "INT4", "int8": "INT8"}.get(settings["quantization"]), settings["protocol"]]
+    return ", ".join(part for part in parts if part)
+
+
+def labels_of(evaluations: list[tuple[dict, list]]) -> list[str]:
+    """A name for each evaluation, the same name never twice."""
+    labels = [label_of(settings) for settings, _ in evaluations]
+    counts = Counter(labels)
+    return [f"{label} ({i})" if counts[label] > 1 else label for i, label in enumerate(labels, start=1)]
+
+
+def suite_section(suite: str, evaluations: list[tuple[str, list[dict]]]) -> list[str]:
+    columns = PUBLISHED["columns"][suite]
+    rows = []
+    for label, results in evaluations:
+        sums = columns_of(suite, results)
+        missing = len(SUITES[suite]) - len(results)
+        note = f", {missing} subjects missing" if missing else ""
+        rows.append(
+            [f"**{label}** (measured{note})", f"{sums['Average'][1]:,}", *(cell(*sums[name]) for name in columns)]
+        )
+    for model, figures in PUBLISHED["models"].items():
+        if suite in figures:
+            values = [f"{value:.2f}" for value in figures[suite]]
+            rows.append([f"{model} (published)", "", *values, *[""] * (len(columns) - len(values))])
+    lines = [f"## {TITLES[suite]}", "", table(["", "questions", *columns], rows), ""]
+    for label, results in evaluations:
+        shots = Counter()
+        for result in results:
+            shots.update({int(n): count for n, count in result["shots"].items()})
+        cut = sum(result["cut"] for result in results)
+        if len(shots) > 1:
+            counts = ", ".join(f"{n} in {count:,}" for n, count in sorted(shots.items(), reverse=True))
+            lines += [f"{label}: examples that fit the context: {counts} prompts.", ""]
+        if cut:
+            lines += [
+                f"{label}: {cut:,} prompts are longer than the context without any example, and lost their beginning.",
+                "",
+            ]
+        lines += said_lines(suite, label, results)
+    if len(SUITES[suite]) > 1:
+        lines += ["<details><summary>By subject</summary>", "", subject_table(suite, evaluations), "", "</details>", ""]
+    return lines
+
+
+def said_lines(suite: str, label: str, results: list[dict]) -> list[str]:
+    """How often an answer was found in what was generated."""
+    rows = [row for result in results for row in result["answers"] if "answer" in row]
+    if not rows:
+        return []
+    said = [row for row in rows if row["said"]]
+    line = f"{label}: {len(said):,} of {len(rows):,} texts name an answer"
+    if suite in CHOICES:
+        right = sum(row["said"] == row["target"] for row in said)
+        line += f", {right:,} the right one; the choice counts, which is asked for in the second turn"
+    return [line + ".", ""]
+
+
+def subject_table(suite: str, evaluations: list[tuple[str, list[dict]]]) -> str:
+    rows = []
+    for subject, about in SUBJECTS[suite].items():
+        cells = []
+        for _, results in evaluations:
+            found = [result for result in results if result["subject"] == subject]
+            cells.append(cell(found[0]["correct"], found[0]["samples"]) if found else "")
+        samples = next((r["samples"] for _, results in evaluations for r in results if r["subject"] == subject), "")
+        rows.append([about["name"], about.get("category", ""), samples, *cells])
+    return table(["subject", "category", "questions", *(label for label, _ in evaluations)], rows)
+
+
+def perplexity_section(evaluations: list[tuple[str, list[dict]]]) -> list[str]:
+    rows = [
+        [
+            TEXTS.get(r["subject"], r["subject"]),
+            label,
+            f"{r['tokens']:,}",
+            f"{r['perplexity']:.2f}",
+            f"{r['bits_per_byte']:.4f}",
+        ]
+        for label, results in evaluations
+        for r in results
+    ]
+    return [
+        "## Perplexity",
+        "",
+        table(["text", "", "tokens", "perplexity, per token", "bits per byte"], sorted(rows, key=lambda row: row[0])),
+        "",
+        "Per token of the model's own tokenizer, in windows of its context (2,048 tokens at most) that overlap by half. Only "
+        "bits per byte compare models with different tokenizers.",
+        "",
+    ]
+
+
+def plot(suites: dict, path: Path):
+    """Bars of the averages: measured with intervals, and published."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(max(3.2 * len(suites), 5), 4.5), layout="constrained")
+    for axis, (suite, evaluations) in zip(figure.subplots(1, len(suites), squeeze=False)[0], suites.items()):
+        names = []
+        for label, results in evaluations:
+            correct, samples = columns_of(suite, results)["Average"]
+            value, (low, high) = 100 * correct / samples, wilson(correct, samples)
+            errors = [[max(value - low, 0)], [max(high - value, 0)]]
+            axis.bar(len(names), value, color="#1f6fb4", yerr=errors, capsize=3)
+            names.append(label)
+        for model in ("ChatGLM-6B", "ChatGLM2-6B (base)", "ChatGLM2-6B"):
+            axis.bar(len(names), PUBLISHED["models"][model][suite][0], color="#b0b0b0")
+            names.append(model)
+        if suite in CHANCE:
+            axis.axhline(CHANCE[suite], color="#b5544d", linestyle=":", linewidth=1)
+        axis.set_xticks(range(len(names)), names, rotation=40, ha="right")
+        axis.set_title(TITLES[suite])
+    figure.axes[0].set_ylabel("percent right (dotted: chance)")
+    figure.savefig(path, dpi=120)
+
+
+def write_report(folders: list[Path], output: Path) -> Path:
+    """Writes report.md, report.png and results.json to `output`, and returns the first."""
+    evaluations = [read(folder) for folder in folders]
+    labels = labels_of(evaluations)
+    lines = ["# Evaluation", ""]
+    for label, (settings, _) in zip(labels, evaluations):
+        limit = f"the first {settings['limit']} questions of each subject" if settings["limit"] else "all questions"
+        where = f"data from {Path(settings['data']).name}/" if settings["data"] else "data from the Hub"
+        lines.append(
+            f"- **{label}**: {limit}, {where}, {settings['device']}, lm-evaluation-harness {settings['lm_eval']}"
+        )
+    lines += ["", "Percent right, and in brackets the 95 % interval (Wilson). Averages count every question once.", ""]
+    suites, summary = {}, {label: {} for label in labels}
+    for suite in SUITES:
+        found = [
+            (label, [r for r in results if r["suite"] == suite]) for label, (_, results) in zip(labels, evaluations)
+        ]
+        found = [(label, results) for label, results in found if results]
+        if not found:
+            continue
+        if suite == "perplexity":
+            lines += perplexity_section(found)
+            for label, results in found:
+                summary[label][suite] = {
+                    r["subject"]: {k: r[k] for k in ("perplexity", "bits_per_byte")} for r in results
+                }
+            continue
+        suites[suite] = found
+        lines += suite_section(suite, found)
+        for label, results in found:
+            sums = {name: pair for name, pair in columns_of(suite, results).items() if pair[1]}
+            summary[label][suite] = {
+                name: {"correct": c, "samples": n, "percent": 100 * c / n, "interval": wilson(c, n)}
+                for name, (c, n) in sums.items()
+            }
+    output.mkdir(parents=True, exist_ok=True)
+    if suites:
+        plot(suites, output / "report.png")
+        lines += ["![Averages beside the published ones](report.png)", ""]
+    lines += [f"Published figures: {PUBLISHED['source']}"]
+    (output / "results.json").write_text(json.dumps(summary, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    path = output / "report.md"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", type=Path, help="outputs of evaluation.run")
+    parser.add_argument("--output", type=Path, required=True)
+    args = parser.parse_args()
+    try:
+        print(write_report(args.folders, args.output))
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,244 @@
+"""
+Evaluates a model by the published protocols, and writes a report beside the published figures.
+
+    python -m evaluation.run --model PATH --suite published --output build/evaluation/mine
+    python -m evaluation.run --model PATH --suite mmlu ceval --quantization int4 --data DIR --limit 10 --output ...
+
+Each subject is kept in the output folder as it is finished: after an interruption, the same command goes on. See
+docs/evaluate.md.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import logging
+import os
+import sys
+import time
+from importlib.metadata import version
+from math import exp, log
+from pathlib import Path
+
+import torch
+from lm_eval import evaluate
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from . import answers
+from .model import EvaluatedModel
+from .protocol import PROTOCOLS, SUITES, build
+from .report import write_report
+
+
+PUBLISHED = ["mmlu", "ceval", "gsm8k", "gsm8k_zh", "bbh"]
+BITS = {"int4": 4, "int8": 8}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="a folder, or a name on the Hub")
+    parser.add_argument(
+        "--suite",
+        nargs="+",
+        default=["published"],
+        choices=["published", *SUITES],
+        help="published: all but perplexity",
+    )
+    parser.add_argument(
+        "--protocol", choices=PROTOCOLS, default="chat", help="of a chat model (default) or a base model"
+    )
+    parser.add_argument("--quantization", choices=list(BITS), help="the weights in the published INT4 or INT8")
+    parser.add_argument("--limit", type=int, help="the first questions of each subject only")
+    parser.add_argument("--data", help="a folder with the data sets; the Hub by default")
+    parser.add_argument("--gsm8k_zh", metavar="FILE", help="GSM8K in Chinese: .tsv as MGSM's, or .jsonl as GSM8K's")
+    parser.add_argument("--text", metavar="FILE", help="for perplexity, besides WikiText-2 and C-Eval: .txt or .jsonl")
+    parser.add_argument("--output", required=True, type=Path, help="folder for results; goes on with what is there")
+    parser.add_argument("--name", help="of the model, in the report (the last part of --model by default)")
+    parser.add_argument(
+        "--batch_size", type=int, default=16, help="requests at once, halved where memory is too small (16)"
+    )
+    parser.add_argument(
+        "--dtype", choices=["float32", "float16", "bfloat16"], help="float32 on a CPU, else the checkpoint's"
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+    for name in ("limit", "batch_size"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+    if args.data and not Path(args.data).is_dir():
+        parser.error(
+            f"there is no folder {args.data}: give that of the data sets with --data, or leave it out to use the Hub"
+        )
+    for name in ("gsm8k_zh", "text"):
+        if getattr(args, name) and not Path(getattr(args, name)).is_file():
+            parser.error(f"--{name}: there is no file {getattr(args, name)}")
+    return args
+
+
+def chosen_suites(args: argparse.Namespace) -> list[str]:
+    """The suites to run. The Chinese GSM8K is left out of "published" where the folder has none: it was not published."""
+    names = [name for suite in args.suite for name in (PUBLISHED if suite == "published" else [suite])]
+    names = list(dict.fromkeys(names))
+    there = args.gsm8k_zh or not args.data or Path(args.data, "mgsm/mgsm_zh.tsv").is_file()
+    if "gsm8k_zh" in names and not there and "gsm8k_zh" not in args.suite:
+        print(
+            f"gsm8k_zh is left out: {args.data} has no mgsm/mgsm_zh.tsv. Give a file with --gsm8k_zh.", file=sys.stderr
+        )
+        names.remove("gsm8k_zh")
+    return names
+
+
+def build_tasks(args: argparse.Namespace) -> list:
+    """All tasks, with all data read and checked."""
+    tasks = []
+    for suite in chosen_suites(args):
+        subjects = SUITES[suite] + (["text"] if suite == "perplexity" and args.text else [])
+        for subject in tqdm(subjects, desc=f"Reading {suite}", leave=False, disable=len(subjects) < 5):
+            file = args.gsm8k_zh if suite == "gsm8k_zh" else args.text if subject == "text" else None
+            tasks.append(build(suite, subject, args.protocol, args.data, file))
+    return tasks
+
+
+def fingerprint(model: str) -> list:
+    """Tells one state of a model's weights from another: names, sizes and times of the files in its folder."""
+    files = sorted(path for pattern in ("*.safetensors", "*.bin") for path in Path(model).glob(pattern))
+    return [[path.name, path.stat().st_size, int(path.stat().st_mtime)] for path in files]
+
+
+def settings_of(args: argparse.Namespace) -> dict:
+    """What the results depend on, in JSON's types. More suites may be added to a folder."""
+    names = ("model", "protocol", "quantization", "limit", "data", "gsm8k_zh", "text", "dtype", "device")
+    settings = {name: getattr(args, name) for name in names}
+    return {
+        **settings,
+        "weights": fingerprint(args.model),
+        "lm_eval": version("lm_eval"),
+        "transformers": version("transformers"),
+    }
+
+
+def check_settings(path: Path, settings: dict):
+    """
+    Raises:
+        ValueError: if the folder holds results of other settings.
+    """
+    if not path.exists():
+        if path.parent.exists() and any(path.parent.iterdir()):
+            raise ValueError(f"{path.parent} is not empty, and not an evaluation's: choose another --output.")
+        return
+    old = json.loads(path.read_text(encoding="utf-8"))
+    differ = [f"{name} {old.get(name)!r}, now {value!r}" for name, value in settings.items() if old.get(name) != value]
+    if differ:
+        raise ValueError(
+            f"{path.parent} holds an evaluation with other settings: {'; '.join(differ)}. Go on with those, or choose another "
+            "--output."
+        )
+
+
+def write_json(path: Path, value):
+    """Writes a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+def load_model(args: argparse.Namespace):
+    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=True)
+    dtype = args.dtype or ("float32" if args.device == "cpu" else "auto")
+    options = {}
+    if args.quantization:
+        options["quantization_config"] = {"quant_method": "chatglm", "bits": BITS[args.quantization]}
+    model = AutoModelForCausalLM.from_pretrained(args.model, trust_remote_code=True, dtype=dtype, **options)
+    return model.to(args.device).eval(), tokenizer
+
+
+def requests_of(task, limit: int | None) -> int:
+    """How many requests a task makes of a model: of a question one answer, or four choices, or both."""
+    questions = min(len(task.eval_docs), limit or len(task.eval_docs))
+    each = {"generate_until": 1, "multiple_choice": 4, "loglikelihood_rolling": 0}[task.OUTPUT_TYPE]
+    return questions * (each + 4 * hasattr(task, "conclusion"))
+
+
+def run_task(task, lm, limit: int | None = None) -> dict:
+    """Returns the result of a task: how many samples, how many right, and every answer."""
+    start = time.perf_counter()
+    task.set_fewshot_seed(0)
+    if hasattr(lm, "count_tokens"):
+        task.fit(lm.count_tokens, lm.max_length)
+    with contextlib.redirect_stderr(io.StringIO()):  # the harness's progress bars; there is one for all
+        output = evaluate(
+            lm, {"tasks": {task.task_name: task}}, limit=limit, bootstrap_iters=0, apply_chat_template=task.chat,
+            fewshot_as_multiturn=False,
+        )  # fmt: skip
+    samples = output["samples"][task.task_name]
+    suite, subject = task.config.metadata["suite"], task.config.metadata["subject"]
+    result = {"suite": suite, "subject": subject}
+    if suite == "perplexity":
+        result |= perplexity(samples[0], lm)
+    else:
+        rows = [describe(task, sample) for sample in samples]
+        result |= {"samples": len(rows), "correct": sum(row["correct"] for row in rows)}
+        result |= {"shots": dict(task.shots), "cut": task.cut, "answers": rows}
+    return {**result, "seconds": round(time.perf_counter() - start, 1)}
+
+
+def describe(task, sample: dict) -> dict:
+    """A sample as the report keeps it. `said` is what the text says, whether that decides (GSM8K, BBH) or not."""
+    row = {"id": sample["doc_id"], "correct": int(sample["acc"])}
+    responses = [response[0] for response in sample["resps"]]
+    if task.OUTPUT_TYPE == "generate_until":
+        target = str(sample["target"])
+        text = responses.pop(0)
+        is_choice = bool(responses) or (target[:1] == "(" and target[2:] == ")")
+        said = answers.choice(text, "D" if responses else "R") if is_choice else answers.number(text)
+        if not is_choice and not target.lstrip("-").replace(",", "").isdigit():
+            said = answers.phrase(text)
+        row |= {"target": target, "answer": text, "said": None if said is None else str(said)}
+    if responses:
+        scores = [score for score, _ in responses]
+        row |= {"target": "ABCD"[sample["doc"]["answer"]], "choice": "ABCD"[scores.index(max(scores))]}
+    return row
+
+
+def perplexity(sample: dict, lm) -> dict:
+    """Of a text, for each token of this tokenizer, and in bits for each byte, by which tokenizers can be compared."""
+    text, likelihood = sample["doc"]["text"], sample["perplexity"]
+    tokens = len(lm.tokenizer.encode(text, add_special_tokens=False))
+    size = len(text.encode())
+    return {
+        "tokens": tokens,
+        "bytes": size,
+        "perplexity": exp(min(-likelihood / tokens, 700)),
+        "bits_per_byte": -likelihood / size / log(2),
+    }
+
+
+def main(argv: list[str] | None = None):
+    args = parse_args(argv)
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    path, settings = args.output / "settings.json", settings_of(args)
+    check_settings(path, settings)
+    tasks = build_tasks(args)
+    finished = {task.task_name for task in tasks if (args.output / "tasks" / f"{task.task_name}.json").exists()}
+    left = [task for task in tasks if task.task_name not in finished]
+    write_json(path, {**settings, "name": args.name or Path(args.model).resolve().name})
+    if finished:
+        print(f"{len(finished)} of {len(tasks)} tasks are finished in {args.output}.", file=sys.stderr)
+    if left:
+        model, tokenizer = load_model(args)
+        with tqdm(total=sum(requests_of(task, args.limit) for task in left), unit="request", smoothing=0.05) as bar:
+            lm = EvaluatedModel(model, tokenizer, args.batch_size, progress=bar.update)
+            for task in left:
+                bar.set_description(task.task_name)
+                result = run_task(task, lm, args.limit)
+                write_json(args.output / "tasks" / f"{task.task_name}.json", result)
+    print(write_report([args.output], args.output).read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, FileNotFoundError, MemoryError) as error:
+        raise SystemExit(str(error)) from error
