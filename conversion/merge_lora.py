@@ -1,0 +1,55 @@
+"""
+Merges LoRA adapters, as `training.lora` or PEFT saved them, into the weights: a checkpoint that needs no PEFT.
+
+    python -m conversion.merge_lora --adapter output --output chatglm2-6b-tuned
+    python -m conversion.merge_lora --adapter output --model path/to/chatglm2-6b --output chatglm2-6b-tuned
+
+Without `--model`, the model that the adapters were trained on, whose path is in adapter_config.json. A quantized one is
+dequantized: adapters fit the weights that they were trained over. Needs the package `peft`, and memory for the model.
+"""
+
+import argparse
+from pathlib import Path
+
+from peft import PeftConfig, PeftModel
+
+from .checkpoint import Checkpoint, check_folder, meta_model, new_folder, plain_errors, write_package, write_weights
+
+
+def convert(adapter: Path, output: Path, model: Path | None = None):
+    if not (check_folder(adapter) / "adapter_config.json").exists():
+        raise ValueError(f"{adapter} has no adapter_config.json: give the folder that PEFT saved adapters to.")
+    config = PeftConfig.from_pretrained(adapter)
+    if config.is_prompt_learning:
+        raise ValueError(
+            f"{adapter} holds a {config.peft_type.value}, which is no change of weights and cannot be merged."
+        )
+    model = model or Path(config.base_model_name_or_path)
+    checkpoint = Checkpoint(model)
+    with new_folder(output) as folder:
+        changed = {
+            name: value for name, value in checkpoint.config_dict.items() if not name.startswith("quantization_")
+        }
+        write_package(folder, model, changed)
+        base = type(meta_model(checkpoint.config)).from_pretrained(model)
+        if checkpoint.quantized:
+            base = base.dequantize()
+        try:
+            merged = PeftModel.from_pretrained(base, adapter).merge_and_unload(progressbar=True, safe_merge=True)
+        except RuntimeError as error:  # torch's, of shapes
+            raise ValueError(f"{adapter} does not fit {model}: {error}") from error
+        write_weights(folder, merged.state_dict().items())
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--adapter", type=Path, required=True, help="the folder of the adapters")
+    parser.add_argument("--model", type=Path, help="the checkpoint folder that they belong to")
+    parser.add_argument("--output", type=Path, required=True, help="the folder to write")
+    args = parser.parse_args(argv)
+    with plain_errors():
+        convert(args.adapter, args.output, args.model)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""
+Writes a checkpoint in INT4 or INT8 (docs/quantize.md), in the published format unless an option says otherwise:
+
+    python -m conversion.quantize --model path/to/chatglm2-6b --output chatglm2-6b-int4 --bits 4
+    python -m conversion.quantize ... --bits 4 --calibration dialogues.txt     # rounds for the kind of text in there
+
+One tensor is in memory at a time; with a calibration text, which the layers have to compute, the whole model is.
+"""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from .checkpoint import (
+    TINY,
+    Checkpoint,
+    meta_model,
+    new_folder,
+    plain_errors,
+    product,
+    quantization_module,
+    write_package,
+    write_weights,
+)
+
+
+# Of the calibration text so much is used: what docs/quantize.md asks for
+ROWS, ROW_TOKENS = 32, 512
+
+
+def quantized_tensors(checkpoint: Checkpoint, layers: dict, scale_search: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, tensor in checkpoint.tensors("Quantizing"):
+        layer, _, kind = name.rpartition(".")
+        if layer not in layers or kind == "bias":
+            yield name, tensor
+            continue
+        try:
+            weight, scale = layers[layer].quantize(tensor, scale_search)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        yield name, weight
+        yield f"{name}_scale", scale
+
+
+def calibration_ids(path: Path, tokenizer) -> list[torch.LongTensor]:
+    """
+    Returns the beginning of a text as rows of ids, each `[1, seq]`, with the prefix that prompts have.
+
+    Raises:
+        ValueError: if the text is missing, empty or not UTF-8.
+    """
+    if not path.is_file():
+        raise ValueError(f"There is no file {path} (--calibration).")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error}). Convert it, or give another --calibration.") from None
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    if not text.strip():
+        raise ValueError(f"{path} (--calibration) is empty. Give a text of some 16,000 tokens.")
+    prefix = tokenizer.get_prefix_tokens()
+    step = ROW_TOKENS - len(prefix)
+    rows = [prefix + ids[start : start + step] for start in range(0, len(ids), step)][:ROWS]
+    print(f"Calibrating with {sum(map(len, rows)):,} tokens of {path}.")
+    return [torch.tensor([row]) for row in rows]
+
+
+def convert(model: Path, output: Path, bits: int, calibration: Path | None = None, **options):
+    """
+    Args:
+        options: Those of `ChatGLMQuantizationConfig`.
+    """
+    checkpoint = Checkpoint(model)
+    if checkpoint.quantized:
+        raise ValueError(f"{model} is quantized already. Give the checkpoint that it was made from.")
+    empty = meta_model(checkpoint.config)
+    formats = quantization_module(empty)
+    config = formats.ChatGLMQuantizationConfig(bits=bits, **options)
+    layers = formats.empty_layers(empty, config)
+    changed = {"quantization_bit": bits, "quantization_config": config.to_dict()}
+    if calibration is not None:
+        ids = calibration_ids(calibration, product("tokenization_chatglm.ChatGLMTokenizer").from_pretrained(model))
+    with new_folder(output) as folder:
+        write_package(folder, model, {**checkpoint.config_dict, **changed})
+        if calibration is None:
+            write_weights(folder, quantized_tensors(checkpoint, layers, config.scale_search))
+        else:
+            loaded = type(empty).from_pretrained(model).eval().quantize(bits, calibration=ids, **options)
+            write_weights(folder, loaded.state_dict().items())
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=TINY, help="a checkpoint folder (default: checkpoints/tiny)")
+    parser.add_argument("--output", type=Path, required=True, help="the folder to write")
+    parser.add_argument("--bits", type=int, choices=[4, 8], default=4, help="default: %(default)s")
+    parser.add_argument("--calibration", type=Path, help="a text in UTF-8 of the kind that the model is for")
+    parser.add_argument("--scale-search", action="store_true", help="scales with the least squared error")
+    parser.add_argument(
+        "--group-size", type=int, choices=[32, 64, 128], help="columns a scale; this package's own format"
+    )
+    parser.add_argument("--quantize-embeddings", action="store_true", help="embedding and output layer in INT8")
+    parser.add_argument("--modules-to-not-convert", nargs="+", metavar="NAME", help="layers to leave as they are")
+    args = parser.parse_args(argv)
+    with plain_errors():
+        convert(**vars(args))
+
+
+if __name__ == "__main__":
+    main()
