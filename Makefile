@@ -9,12 +9,19 @@ TRANSFORMERS ?= 5.23.0
 MATRIX ?= 5.9.0 5.17.0 5.19.0 5.23.0
 ESSENTIALS = $(patsubst %,tests/test_%.py,configuration golden tokenization chat long_context loading quantization)
 
-.PHONY: chat test test-matrix test-others lint tiny bench clean
+.PHONY: chat web serve test test-matrix test-others lint tiny bench clean
 
 # The shell gets the prompt as it is, whatever characters are in it.
 export PROMPT
-chat: .venv/installed
-	@.venv/bin/python examples/cli_chat.py --model "$(MODEL)" $(CHAT_OPTIONS) $(if $(value PROMPT),--prompt "$$PROMPT")
+chat: .venv/installed-chat
+	@.venv/bin/python -m examples.cli_chat --model "$(MODEL)" $(CHAT_OPTIONS) $(ARGS) $(if $(value PROMPT),--prompt "$$PROMPT")
+
+# A page for the browser at http://127.0.0.1:7860, and OpenAI's API at http://127.0.0.1:8000/v1. ARGS="--help": their options
+web: .venv/installed-web
+	@.venv/bin/python -m examples.web_chat --model "$(MODEL)" $(CHAT_OPTIONS) $(ARGS)
+
+serve: .venv/installed-serve
+	@.venv/bin/python -m examples.serve --model "$(MODEL)" $(CHAT_OPTIONS) $(ARGS)
 
 test: .venv/installed-test
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadgroup $(ARGS)
@@ -59,6 +66,18 @@ PIP = $(@D)/bin/pip install --quiet --disable-pip-version-check -c constraints.t
 
 %/installed-test: %/installed
 	$(PIP) -e ".[test]"
+	touch $@
+
+%/installed-chat: %/installed
+	$(PIP) -e ".[chat]"
+	touch $@
+
+%/installed-web: %/installed
+	$(PIP) -e ".[web]"
+	touch $@
+
+%/installed-serve: %/installed
+	$(PIP) -e ".[serve]"
 	touch $@
 
 %/installed-training: %/installed

@@ -1,44 +1,94 @@
 """
 Chat in the terminal.
 
-    python examples/cli_chat.py                         # with the small model that the repository comes with
-    python examples/cli_chat.py --model THUDM/chatglm2-6b
-    python examples/cli_chat.py --prompt "你好"          # answers once
-    printf '你好\nWho are you?\n' | python examples/cli_chat.py
+    python -m examples.cli_chat                         # with the small model that the repository comes with
+    python -m examples.cli_chat --model THUDM/chatglm2-6b --quantization int4
+    python -m examples.cli_chat --prompt "你好"          # answers once
+    printf '你好\\nWho are you?\\n' | python -m examples.cli_chat
 
-`clear` forgets the dialogue, `stop` ends. Ctrl-C stops an answer and keeps the dialogue.
+`clear` forgets the dialogue, `stop` ends. Ctrl-C stops an answer and keeps the dialogue. In a terminal answers are shown as
+Markdown (by rich, if it is installed), elsewhere as they are.
 """
 
 import argparse
 import os
 import sys
-from pathlib import Path
+import unicodedata
 
 import torch
-from transformers import AutoModel, AutoTokenizer
-from transformers.utils import logging
+
+from examples.load_model import add_model_options, at_least, load_model
 
 
-TINY = Path(__file__).resolve().parent.parent / "checkpoints/tiny"
+try:
+    from markdown_it import MarkdownIt  # what rich reads Markdown with
+    from rich.console import Console
+    from rich.live import Live
+    from rich.markdown import Markdown
+except ImportError:
+    Console = None
+
 GREETING = "欢迎使用 ChatGLM2。输入内容即可对话，clear 清空对话历史，stop 结束。\nType to chat; `clear` forgets the dialogue, `stop` ends."
 
 
-def stream_answer(model, tokenizer, query: str, history: list, past_key_values, **options):
-    """Prints an answer as it is generated; returns the history and the cache for the next round."""
-    shown = ""
+class PlainDisplay:
+    """Prints answers as they come."""
+
+    def __enter__(self):
+        self.shown = ""
+        return self
+
+    def show(self, response: str):
+        # What was shown stays: only what is added to it is printed.
+        print(response[len(self.shown) :], end="", flush=True)
+        self.shown = response
+
+    def interrupted(self):
+        print(" …", end="")
+
+    def __exit__(self, *exception):
+        print()
+
+
+class MarkdownDisplay:
+    """Shows answers in the terminal as Markdown, rendered anew as they grow."""
+
+    def __enter__(self):
+        self.text = ""
+        self.live = Live(console=Console(), refresh_per_second=8)
+        self.live.__enter__()
+        return self
+
+    def show(self, response: str):
+        # No control characters: they would command the terminal.
+        self.text = "".join(c for c in response if c in "\n\t" or unicodedata.category(c) != "Cc")
+        markdown = Markdown("")
+        # In a chat lines end where they end, and < is a character: no joined lines, and no HTML, which rich would leave out.
+        markdown.parsed = (
+            MarkdownIt(options_update={"html": False}).enable("table").parse(self.text.replace("\n", "  \n"))
+        )
+        self.live.update(markdown)
+
+    def interrupted(self):
+        self.show(self.text + " …")
+
+    def __exit__(self, *exception):
+        self.live.__exit__(*exception)
+
+
+def stream_answer(model, tokenizer, query: str, history: list, past_key_values, display=None, **options):
+    """Shows an answer as it is generated; returns the history and the cache for the next round."""
     stream = model.stream_chat(
         tokenizer, query, history, past_key_values=past_key_values, return_past_key_values=True, **options
     )
-    try:
-        for response, history, past_key_values in stream:
-            # What was shown stays: only what is added to it is printed.
-            print(response[len(shown) :], end="", flush=True)
-            shown = response
-    except KeyboardInterrupt:
-        print(" …", end="")
-    finally:
-        stream.close()
-    print()
+    with display or PlainDisplay() as display:
+        try:
+            for response, history, past_key_values in stream:
+                display.show(response)
+        except KeyboardInterrupt:
+            display.interrupted()
+        finally:
+            stream.close()
     return history, past_key_values
 
 
@@ -46,8 +96,10 @@ def chat(model, tokenizer, **options):
     """Reads queries, from a terminal or a pipe, until `stop` or the end."""
     interactive = sys.stdin.isatty()
     if interactive:
-        import readline  # noqa: F401  (line editing and history in input())
-
+        try:
+            import readline  # noqa: F401  (line editing and history in input())
+        except ImportError:  # Windows has its own
+            pass
         print(GREETING)
     history, past_key_values = [], None
     while True:
@@ -65,7 +117,8 @@ def chat(model, tokenizer, **options):
             continue
         if not query:
             continue
-        print("\nChatGLM：" if interactive else "", end="")
+        if interactive:
+            print("\nChatGLM：", end="" if Console is None else "\n")
         try:
             history, past_key_values = stream_answer(model, tokenizer, query, history, past_key_values, **options)
         except ValueError as error:  # a query that is too long, say: the dialogue goes on
@@ -74,28 +127,34 @@ def chat(model, tokenizer, **options):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(TINY), help="folder or Hub id (default: checkpoints/tiny)")
+    add_model_options(parser)
     parser.add_argument("--prompt", help="answer this once, and end")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--greedy", action="store_true", help="always take the likeliest token")
-    parser.add_argument("--top-p", type=float, default=0.8, help="default: %(default)s")
-    parser.add_argument("--temperature", type=float, default=0.8, help="default: %(default)s")
+    parser.add_argument("--top-p", type=at_least(0, above=True, maximum=1), default=0.8, help="default: %(default)s")
+    parser.add_argument("--temperature", type=at_least(0), default=0.8, help="0 is greedy; default: %(default)s")
+    parser.add_argument(
+        "--max-length", type=at_least(1, number=int), default=8192, help="tokens of dialogue and answer; default: 8192"
+    )
     parser.add_argument("--seed", type=int, help="the same seed gives the same answers")
     args = parser.parse_args()
 
-    logging.disable_progress_bar()
+    if sys.stdin is not None and hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="replace")  # what is not UTF-8 becomes �, rather than the end
     if args.seed is not None:
         torch.manual_seed(args.seed)
-    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=True)
-    model = AutoModel.from_pretrained(args.model, trust_remote_code=True, device=args.device)
-    if args.device == "cpu":
-        model = model.float()  # CPUs compute slowly in float16
-    model.eval()
-    options = dict(do_sample=not args.greedy, top_p=args.top_p, temperature=args.temperature)
-    if args.prompt is not None:
-        stream_answer(model, tokenizer, args.prompt, [], None, **options)
-    else:
+    model, tokenizer = load_model(args)
+    options = dict(
+        do_sample=not args.greedy, top_p=args.top_p, temperature=args.temperature, max_length=args.max_length
+    )
+    if Console is not None and sys.stdout.isatty():
+        options["display"] = MarkdownDisplay()
+    if args.prompt is None:
         chat(model, tokenizer, **options)
+        return
+    try:
+        stream_answer(model, tokenizer, args.prompt, [], None, **options)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
 
 
 if __name__ == "__main__":

@@ -1,17 +1,23 @@
 """What the README shows a new user: the terminal chat, with the small model that the repository comes with."""
 
-import importlib.util
+import codecs
+import os
+import pty
+import select
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer
 
 from conftest import ROOT, TINY
+from examples import cli_chat
 
 
-CHAT = [sys.executable, "examples/cli_chat.py", "--greedy"]
+CHAT = [sys.executable, "-m", "examples.cli_chat", "--greedy"]
 
 
 def run_chat(*args, stdin=""):
@@ -47,9 +53,6 @@ def test_query_that_is_too_long_is_said_and_the_dialogue_goes_on():
 
 def test_interrupt_keeps_the_dialogue(tiny, monkeypatch, capsys):
     """Ctrl-C in the middle of an answer: what was shown is in the history, and the next round goes on from it."""
-    spec = importlib.util.spec_from_file_location("cli_chat", ROOT / "examples/cli_chat.py")
-    cli_chat = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(cli_chat)
     printed = []
 
     def print_and_interrupt(text="", *args, **kwargs):
@@ -65,6 +68,103 @@ def test_interrupt_keeps_the_dialogue(tiny, monkeypatch, capsys):
     history, cache = cli_chat.stream_answer(model, tokenizer, "Who are you?", history, cache, do_sample=False)
     assert len(history) == 2 and history[1][1] == "".join(printed[14:]).strip()
     assert cache.chat_record.rounds == history
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--model", "no/such/folder"], "--model no/such/folder: no model there"),
+        (["--model", "docs"], "--model docs: no model there"),
+        (["--device", "cuda:7"], "--device cuda:7"),
+        (["--device", "toaster"], "--device toaster"),
+        (["--temperature", "-1"], "-1: must be at least 0"),
+        (["--top-p", "0"], "0: must be above 0 and at most 1"),
+        (["--max-length", "0"], "0: must be at least 1"),
+        (["--quantization", "int3"], "invalid choice: 'int3'"),
+        (["--prompt", "word " * 3000], "Shorten it"),
+    ],
+)
+def test_bad_options_are_one_line(args, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["cli_chat", *args])
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as exit:
+        cli_chat.main()
+    said = capsys.readouterr().err if exit.value.code == 2 else str(exit.value)  # argparse's exit, or ours
+    assert message in said.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("options", [["--quantization", "int8"], ["--dtype", "bfloat16"]])
+def test_loads_as_asked(options, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["cli_chat", "--greedy", "--prompt", "你好", *options])
+    cli_chat.main()
+    assert "ChatGLM2-Tiny" in capsys.readouterr().out
+
+
+def test_input_that_is_not_utf8():
+    run = subprocess.run(
+        CHAT, input=b"\xff\xfe\n\xe4\xbd\xa0\xe5\xa5\xbd\n", capture_output=True, cwd=ROOT, timeout=120
+    )
+    assert run.returncode == 0 and "ChatGLM2-Tiny" in run.stdout.decode()
+
+
+class Terminal:
+    """A program in a terminal of 80 columns."""
+
+    def __init__(self, command):
+        self.pid, self.fd = pty.fork()
+        if self.pid == 0:
+            os.chdir(ROOT)
+            os.environ.update(TERM="xterm", COLUMNS="80", LINES="24", PYTHONIOENCODING="utf-8")
+            os.execv(command[0], command)
+        self.output, self.decoder = "", codecs.getincrementaldecoder("utf-8")()
+
+    def read_until(self, text: str, timeout: float = 90) -> str:
+        """Returns what was shown up to `text`."""
+        end = time.monotonic() + timeout
+        while text not in self.output:
+            assert time.monotonic() < end, self.output
+            if select.select([self.fd], [], [], 1)[0]:
+                self.output += self.decoder.decode(os.read(self.fd, 65536))
+        before, self.output = self.output.split(text, 1)
+        return before
+
+    def write(self, text: str):
+        os.write(self.fd, text.encode())
+
+
+def test_terminal(tmp_path):
+    """In a terminal: greeting, an answer, Ctrl-C in the middle of one, the dialogue that goes on, clear, stop."""
+    terminal = Terminal([*CHAT])
+    try:
+        terminal.read_until("用户：")
+        terminal.write("你好\n")
+        assert "ChatGLM2-Tiny" in terminal.read_until("用户：")
+        terminal.write("Tell me a story.\n")
+        terminal.read_until("ChatGLM：")
+        time.sleep(0.3)
+        os.kill(terminal.pid, signal.SIGINT)
+        terminal.read_until("用户：")
+        terminal.write("clear\n")
+        terminal.read_until("用户：")
+        terminal.write("Who are you?\n")
+        assert "ChatGLM2-Tiny" in terminal.read_until("用户：")
+        terminal.write("stop\n")
+        assert os.waitpid(terminal.pid, 0)[1] == 0
+    finally:
+        os.close(terminal.fd)
+
+
+def test_markdown_is_rendered(monkeypatch):
+    """Tables and code as such, wide characters in columns that meet, lines that end where they end, < as it is."""
+    console = pytest.importorskip("rich.console")
+    text = "一行\na < b <div>\n\n| 名 | n |\n|---|---|\n| 中文 | 1 |\n\n```html\n<p>\n```\n\x1b[2J"
+    recorded = console.Console(width=40, record=True, file=open(os.devnull, "w"), force_terminal=True)
+    monkeypatch.setattr(cli_chat, "Console", lambda: recorded)
+    with cli_chat.MarkdownDisplay() as display:
+        display.show(text)
+    lines = [line.strip() for line in recorded.export_text().splitlines()]
+    assert "一行" in lines and "a < b <div>" in lines and "<p>" in lines and "中文  1" in lines
+    assert "```html" not in lines and "\x1b[2J" not in recorded.export_text()
 
 
 # The small model itself
