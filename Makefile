@@ -9,7 +9,7 @@ TRANSFORMERS ?= 5.23.0
 MATRIX ?= 5.9.0 5.17.0 5.19.0 5.23.0
 ESSENTIALS = $(patsubst %,tests/test_%.py,configuration golden tokenization chat long_context loading quantization)
 
-.PHONY: chat web serve test test-matrix test-others lint tiny bench clean
+.PHONY: chat web serve test test-matrix test-others test-conversion hub-repo lint tiny bench clean
 
 # The shell gets the prompt as it is, whatever characters are in it.
 export PROMPT
@@ -35,6 +35,14 @@ test-transformers-%: .venv-%/installed-test
 # into .venv.
 test-others: .venv-others/installed-others
 	OMP_NUM_THREADS=1 .venv-others/bin/python -m pytest -n 2 tests/test_quantization.py tests/test_long_context.py tests/test_training.py -k "bitsandbytes or torchao or quantized_cache or zero" $(ARGS)
+
+# Runs what conversion.to_gguf writes on llama.cpp, compiled for the machine
+test-conversion: .venv-bench/installed-bench .venv-bench/installed-test
+	OMP_NUM_THREADS=1 .venv-bench/bin/python -m pytest tests/test_conversion_gguf.py $(ARGS)
+
+# The folder of a Hub repository, checked. Without WEIGHTS, what is in OUT already. ARGS="--push NAME/MODEL" uploads it.
+hub-repo: .venv/installed
+	@.venv/bin/python -m conversion.hub $(if $(WEIGHTS),--weights "$(WEIGHTS)") --output "$(or $(OUT),$(error Say where to write: make hub-repo WEIGHTS=folder OUT=folder))" $(ARGS)
 
 lint: .venv/installed-test
 	.venv/bin/ruff check .

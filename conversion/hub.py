@@ -1,0 +1,214 @@
+"""
+Assembles the folder of a Hub repository from a checkpoint, checks it, and uploads it:
+
+    make hub-repo WEIGHTS=path/to/chatglm2-6b OUT=build/hub/chatglm2-6b
+    make hub-repo OUT=build/hub/chatglm2-6b ARGS="--push NAME/chatglm2-6b"      # what is there, as it is now
+
+The folder gets this package's code, the checkpoint's configuration and tokenizer, its weights as links, and a model card: the
+checkpoint's README.md if that names a licence, or else a new one. It is checked by loading it and answering a prompt in a process of its own, offline, that
+sees only the packages that setup.cfg declares. What fails is not pushed. A repository that is new on the Hub is private at
+first; log in by `hf auth login`.
+"""
+
+import argparse
+import configparser
+import importlib.metadata
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError
+from packaging.requirements import Requirement
+
+from .checkpoint import (
+    ROOT,
+    Checkpoint,
+    check_folder,
+    new_folder,
+    plain_errors,
+    read_json,
+    weight_files,
+    write_package,
+)
+
+
+CARD = Path(__file__).with_name("model_card.md")
+PUBLISHED = "THUDM/chatglm2-6b"
+LICENCE = f"https://huggingface.co/{PUBLISHED}/blob/main/MODEL_LICENSE"
+GREETING = "你好"
+
+# Runs in the clean process, whose sys.path has the standard library only, until the packages are added.
+VALIDATION = f"""
+import sys
+folder, packages = sys.argv[1:]
+sys.path.append(packages)
+from transformers import AutoModel, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+model, info = AutoModel.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
+wrong = {{what: sorted(names) for what, names in info.items() if names}}
+assert not wrong, f"loading found {{wrong}}"
+rows = model.get_input_embeddings().num_embeddings
+assert len(tokenizer) <= rows, f"the tokenizer has {{len(tokenizer)}} tokens, the embedding {{rows}} rows"
+answer, _ = model.eval().chat(tokenizer, {GREETING!r}, do_sample=False, max_new_tokens=16)
+assert answer.strip(), "the answer to a greeting is empty"
+sys.stdout.buffer.write(answer.encode())
+"""
+
+
+def assemble(weights: Path, output: Path, repository: str | None = None):
+    """
+    Writes the folder, with the weights as links: hard ones, or symbolic ones to another disk.
+
+    Raises:
+        ValueError: if the checkpoint is incomplete or damaged, or `output` is there already.
+    """
+    checkpoint = Checkpoint(weights)
+    with new_folder(output) as folder:
+        write_package(folder, weights, checkpoint.config_dict)
+        index = [path for path in weights.glob("*.index.json") if path.name.split(".")[0] in ("model", "pytorch_model")]
+        for path in [*weight_files(weights), *index]:
+            link(path.resolve(), folder / path.name)
+        (folder / "LICENSE").write_bytes((ROOT / "LICENSE").read_bytes())
+        (folder / ".gitattributes").write_text(
+            "".join(f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for pattern in ("*.safetensors", "*.bin", "*.model"))
+        )
+        card = weights / "README.md"
+        card = ModelCard.load(card) if card.exists() else None
+        if card is None or not card.data.license:  # as the published one, which is of older code
+            card = new_card(checkpoint, repository or output.name)
+        card.save(folder / "README.md")
+
+
+def link(source: Path, target: Path):
+    try:
+        os.link(source, target)
+    except OSError:
+        target.symlink_to(source)
+
+
+def new_card(checkpoint: Checkpoint, repository: str) -> ModelCard:
+    """Returns a card with what the checkpoint says of itself, under the licence of the published weights."""
+    config = checkpoint.config
+    plain = checkpoint.plain_names()
+    quantization = f"INT{config.quantization_bit} and " if config.quantization_bit else ""
+    dtype = next(tensor.dtype for tensor in checkpoint.names.values() if tensor.is_floating_point())
+    data = ModelCardData(
+        language=["zh", "en"],
+        license="other",
+        license_name="chatglm2-model-license",
+        license_link=LICENCE,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        base_model=PUBLISHED,
+        tags=["glm", "chatglm", "thudm", "custom_code"],
+    )
+    return ModelCard.from_template(
+        data,
+        template_path=CARD,
+        name=repository.split("/")[-1],
+        repository=repository,
+        licence=LICENCE,
+        published=PUBLISHED,
+        parameters=f"{sum(tensor.numel() for tensor in plain.values()):,}",
+        layers=config.num_layers,
+        width=config.hidden_size,
+        heads=config.num_attention_heads,
+        groups=config.num_key_value_heads,
+        context=f"{config.seq_length:,}",
+        dtype=quantization + str(dtype).removeprefix("torch."),
+        gigabytes=f"{checkpoint.nbytes / 1e9:.2f}",
+        requirements=" ".join(f'"{requirement}"' for requirement in declared_requirements()),
+    )
+
+
+def declared_requirements() -> list[str]:
+    """What setup.cfg says that the package needs."""
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    return setup["options"]["install_requires"].split("\n")[1:]
+
+
+def needed_distributions(requirements: list[str]) -> Iterator[importlib.metadata.Distribution]:
+    """Yields what is installed of the requirements, and of theirs."""
+    seen, waiting = set(), [Requirement(text) for text in requirements]
+    while waiting:
+        requirement = waiting.pop()
+        for extra in {"", *requirement.extras}:
+            key = (requirement.name.lower(), extra)
+            if key in seen or (requirement.marker and not requirement.marker.evaluate({"extra": ""})):
+                continue
+            seen.add(key)
+            try:
+                distribution = importlib.metadata.distribution(requirement.name)
+            except importlib.metadata.PackageNotFoundError:
+                raise ValueError(f"{requirement} is not installed; setup.cfg declares it. pip install -e .") from None
+            yield distribution
+            for text in distribution.requires or ():
+                child = Requirement(text)
+                if child.marker is None or child.marker.evaluate({"extra": extra}):
+                    child.marker = None
+                    waiting.append(child)
+
+
+def validate(folder: Path) -> str:
+    """
+    Loads the folder in a clean process, and returns its answer to a greeting.
+
+    Raises:
+        ValueError: with what went wrong there.
+    """
+    check_folder(folder)
+    with tempfile.TemporaryDirectory() as work:
+        packages = Path(work, "packages")
+        packages.mkdir()
+        for distribution in needed_distributions(declared_requirements()):
+            for name in {file.parts[0] for file in distribution.files or () if file.parts[0] != ".."}:
+                target = packages / name
+                if not target.exists():
+                    target.symlink_to(distribution.locate_file(name))
+        # Without site-packages (-S), variables and folders of the user (-I)
+        command = [sys.executable, "-I", "-S", "-c", VALIDATION, str(folder.resolve()), str(packages)]
+        environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))},
+            **{"HF_HOME": work, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"},
+        }
+        run = subprocess.run(command, cwd=work, env=environment, capture_output=True)
+    if run.returncode != 0:
+        error = run.stderr.decode(errors="replace").strip().split("\n")[-1] or f"it ended with {run.returncode}"
+        raise ValueError(f"{folder} does not work, and was not uploaded: {error}")
+    return run.stdout.decode()
+
+
+def push(folder: Path, repository: str) -> str:
+    """Uploads the folder, the files behind its links among it; returns the address of the commit."""
+    api = HfApi()
+    try:
+        api.create_repo(repository, private=True, exist_ok=True)
+        return api.upload_folder(
+            folder_path=folder, repo_id=repository, commit_message=f"Upload {folder.resolve().name}"
+        ).commit_url
+    except HfHubHTTPError as error:
+        raise ValueError(f"{repository}: {error}. Is it yours, and are you logged in (hf auth login)?") from error
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", type=Path, help="a checkpoint folder; without, --output is there already")
+    parser.add_argument("--output", type=Path, required=True, help="the folder of the repository")
+    parser.add_argument("--push", metavar="REPOSITORY", help="NAME/MODEL on the Hub")
+    args = parser.parse_args(argv)
+    with plain_errors():
+        if args.weights is not None:
+            assemble(args.weights, args.output, args.push)
+        read_json(check_folder(args.output) / "config.json")
+        print(f"{args.output} works: {GREETING} → {validate(args.output)}")
+        if args.push:
+            print(push(args.output, args.push))
+
+
+if __name__ == "__main__":
+    main()
