@@ -5,6 +5,7 @@ read. A batch that does not fit in memory is halved.
 """
 
 import copy
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 
@@ -21,6 +22,7 @@ logger = logging.get_logger(__name__)
 
 LEAST_PREFIX = 16  # tokens in common that are worth a cache of their own
 STEPS = 32  # of decoding between two looks at which answers are finished
+TOKENS_AT_ONCE = 8192  # of prompts that are only encoded: more are no faster, and their logits take memory
 WINDOW = 2048  # tokens that perplexity is measured over at most, for models to be compared
 
 
@@ -64,15 +66,16 @@ class EvaluatedModel(HFLM):
         The log-likelihood of whole texts, in windows that overlap by half: each token but the first ones is predicted from
         at least half a window before it. Each window begins with the special tokens that a text begins with.
         """
+        texts = (request.args[0] for request in requests)
+        return [sum(score for score, _ in self._loglikelihood_tokens(self.windows(text))) for text in texts]
+
+    def windows(self, text: str) -> list[tuple[None, list[int], list[int]]]:
+        """Returns (None, ids before, ids to predict) for each window; together they predict every token once."""
         special = self.tokenizer.encode("")
         size = min(WINDOW, self.max_length) - len(special)
-        results = []
-        for request in requests:
-            tokens = self.tokenizer.encode(request.args[0], add_special_tokens=False)
-            windows = map(make_disjoint_window, get_rolling_token_windows(tokens, special[-1], size, size // 2))
-            rows = [(None, special + context[context[:1] == special[-1:] :], targets) for context, targets in windows]
-            results.append(sum(score for score, _ in self._loglikelihood_tokens(rows)))
-        return results
+        tokens = self.tokenizer.encode(text, add_special_tokens=False)
+        windows = map(make_disjoint_window, get_rolling_token_windows(tokens, special[-1], size, size // 2))
+        return [(None, special + context[context[:1] == special[-1:] :], targets) for context, targets in windows]
 
     def _by_shots(self, requests: list, run: Callable) -> list:
         """Runs requests with the same number of examples together, for they have those in common."""
@@ -118,7 +121,7 @@ class EvaluatedModel(HFLM):
                     self.progress(1)
 
         room = max((len(continuation) for _, _, continuation in requests), default=0)
-        self._in_batches(list(rows), run, room)
+        self._in_batches(list(rows), run, room, TOKENS_AT_ONCE)
         return results
 
     # Answers
@@ -188,12 +191,13 @@ class EvaluatedModel(HFLM):
 
     # Both
 
-    def _in_batches(self, rows: list[tuple], run: Callable, room: int):
+    def _in_batches(self, rows: list[tuple], run: Callable, room: int, most_tokens: int = sys.maxsize):
         """
         Calls `run(batch, prefix, cache)` for rows of token ids, those of similar length together, the longest first.
 
         Args:
             room: Tokens at the end of each row that are not to be in the prefix.
+            most_tokens: In a batch, if it has more than one row; those of the prefix do not count.
         """
         rows = sorted(rows, key=lambda row: (-len(row), row))
         prefix = common_prefix(rows, room)
@@ -208,7 +212,8 @@ class EvaluatedModel(HFLM):
                 )
         start = 0
         while start < len(rows):
-            batch = rows[start : start + self.batch_size_per_gpu]
+            fitting = max(min(most_tokens // (len(rows[start]) - len(prefix)), self.batch_size_per_gpu), 1)
+            batch = rows[start : start + fitting]
             try:
                 cache = copy.deepcopy(shared)
                 if cache is not None:

@@ -154,10 +154,12 @@ def load_model(args: argparse.Namespace):
     return model.to(args.device).eval(), tokenizer
 
 
-def requests_of(task, limit: int | None) -> int:
-    """How many requests a task makes of a model: of a question one answer, or four choices, or both."""
+def requests_of(task, lm, limit: int | None) -> int:
+    """How many requests a task makes of a model: of a question one answer, or four choices, or both; of a text its windows."""
+    if task.OUTPUT_TYPE == "loglikelihood_rolling":
+        return sum(len(lm.windows(doc["text"])) for doc in task.eval_docs)
     questions = min(len(task.eval_docs), limit or len(task.eval_docs))
-    each = {"generate_until": 1, "multiple_choice": 4, "loglikelihood_rolling": 0}[task.OUTPUT_TYPE]
+    each = {"generate_until": 1, "multiple_choice": 4}[task.OUTPUT_TYPE]
     return questions * (each + 4 * hasattr(task, "conclusion"))
 
 
@@ -227,9 +229,10 @@ def main(argv: list[str] | None = None):
     if finished:
         print(f"{len(finished)} of {len(tasks)} tasks are finished in {args.output}.", file=sys.stderr)
     if left:
-        model, tokenizer = load_model(args)
-        with tqdm(total=sum(requests_of(task, args.limit) for task in left), unit="request", smoothing=0.05) as bar:
-            lm = EvaluatedModel(model, tokenizer, args.batch_size, progress=bar.update)
+        lm = EvaluatedModel(*load_model(args), args.batch_size)
+        total = sum(requests_of(task, lm, args.limit) for task in left)
+        with tqdm(total=total, unit="request", smoothing=0.05) as bar:
+            lm.progress = bar.update
             for task in left:
                 bar.set_description(task.task_name)
                 result = run_task(task, lm, args.limit)
