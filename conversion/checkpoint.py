@@ -319,8 +319,8 @@ def write_weights(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], sha
 
     def write():
         path = folder / f"{len(shards)}.safetensors"
-        path.touch()  # with the user's permissions: safetensors would keep it to the user alone
         save_file(shard, path, {"format": "pt"})
+        path.chmod(folder.stat().st_mode & 0o666)  # safetensors keeps it to the user alone
         shards.append(list(shard))
         shard.clear()
 
