@@ -98,6 +98,9 @@ def write_gguf(path: Path, layers: int = 28, bits: int = 4, **sizes):
     import gguf
     import numpy as np
 
+    from conversion.checkpoint import product
+    from conversion.to_gguf import write_architecture
+
     config = {**json.loads((ROOT / "config.json").read_text()), **sizes}
     hidden, ffn, heads = config["hidden_size"], config["ffn_hidden_size"], config["num_attention_heads"]
     groups, vocabulary, head_dim = config["multi_query_group_num"], config["padded_vocab_size"], config["kv_channels"]
@@ -105,15 +108,8 @@ def write_gguf(path: Path, layers: int = 28, bits: int = 4, **sizes):
     head = gguf.GGMLQuantizationType.Q6_K if bits == 4 else gguf.GGMLQuantizationType.Q8_0
 
     writer = gguf.GGUFWriter(path, "chatglm", use_temp_file=True)
-    writer.add_context_length(config["seq_length"])
-    writer.add_embedding_length(hidden)
-    writer.add_feed_forward_length(ffn)
-    writer.add_block_count(layers)
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(groups)
-    writer.add_layer_norm_rms_eps(config["layernorm_epsilon"])
-    writer.add_rope_dimension_count(head_dim // 2)
-    writer.add_rope_freq_base(10000.0)
+    fields = {**config, "num_layers": layers}
+    write_architecture(writer, product("configuration_chatglm.ChatGLMConfig").from_dict(fields))
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_0 if bits == 4 else gguf.LlamaFileType.MOSTLY_Q8_0)
     writer.add_tokenizer_model("no_vocab")
     writer.add_vocab_size(vocabulary)

@@ -74,7 +74,9 @@ def assemble(weights: Path, output: Path, repository: str | None = None):
             link(path.resolve(), folder / path.name)
         (folder / "LICENSE").write_bytes((ROOT / "LICENSE").read_bytes())
         (folder / ".gitattributes").write_text(
-            "".join(f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for pattern in ("*.safetensors", "*.bin", "*.model"))
+            "".join(
+                f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for pattern in ("*.safetensors", "*.bin", "*.model")
+            )
         )
         card = weights / "README.md"
         card = ModelCard.load(card) if card.exists() else None

@@ -103,6 +103,11 @@ def convert(model: Path, output: Path, kind: str = "f16"):
     checkpoint.check_standard("llama.cpp")
     config = checkpoint.config
     tokenizer = product("tokenization_chatglm.ChatGLMTokenizer").from_pretrained(model)
+    if len(tokenizer) > config.padded_vocab_size:
+        raise ValueError(
+            f"The tokenizer in {model} has {len(tokenizer):,} tokens, the embedding {config.padded_vocab_size} rows: they "
+            "belong to different models, or the model lacks resize_token_embeddings."
+        )
     wanted, file_type = TYPES[kind]
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.CHATGLM, config.num_layers)
 
