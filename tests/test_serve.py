@@ -27,6 +27,9 @@ from examples import serve  # noqa: E402
 pytestmark = pytest.mark.xdist_group("serve")  # the tests share their servers
 
 
+JSON = {"Content-Type": "application/json"}
+
+
 class Server:
     """A server in a process of its own, at any free port."""
 
@@ -53,7 +56,7 @@ class Server:
     def post(self, body: bytes, path="/v1/chat/completions", **headers):
         """Returns status and JSON of the answer to raw bytes."""
         connection = http.client.HTTPConnection(self.host, self.port, timeout=60)
-        connection.request("POST", path, body, {"Content-Type": "application/json", **headers})
+        connection.request("POST", path, body, {**JSON, **headers})
         answer = connection.getresponse()
         return answer.status, json.loads(answer.read())
 
@@ -190,15 +193,12 @@ def test_text_completions(server):
 def test_clients_that_hang_up(server, stream):
     """The generation for them stops."""
     body = {"messages": [{"role": "user", "content": "Tell me a story."}], "temperature": 2, "max_tokens": 2000}
-    for _ in range(4):
-        connection = http.client.HTTPConnection(server.host, server.port)
-        connection.request(
-            "POST", "/v1/chat/completions", json.dumps({**body, "stream": stream}), {"Content-Type": "application/json"}
-        )
-        if stream:
-            connection.getresponse().read(300)
-        else:
-            time.sleep(0.3)
+    connections = [http.client.HTTPConnection(server.host, server.port) for _ in range(24)]
+    for connection in connections:
+        connection.request("POST", "/v1/chat/completions", json.dumps({**body, "stream": stream}), JSON)
+    if stream:
+        connections[0].getresponse().read(300)
+    for connection in connections:
         connection.close()
     time.sleep(1)
     assert server.cpu_time(1) < 0.5
