@@ -36,9 +36,9 @@ test-transformers-%: .venv-%/installed-test
 test-others: .venv-others/installed-others
 	OMP_NUM_THREADS=1 .venv-others/bin/python -m pytest -n 2 tests/test_quantization.py tests/test_long_context.py tests/test_training.py -k "bitsandbytes or torchao or quantized_cache or zero" $(ARGS)
 
-# Runs what conversion.to_gguf writes on llama.cpp, compiled for the machine
-test-conversion: .venv-bench/installed-bench .venv-bench/installed-test
-	OMP_NUM_THREADS=1 .venv-bench/bin/python -m pytest tests/test_conversion_gguf.py $(ARGS)
+# Runs what conversion/ writes on llama.cpp, compiled for the machine, ONNX Runtime and OpenVINO
+test-conversion: .venv-bench/installed-engines .venv-bench/installed-test
+	OMP_NUM_THREADS=1 .venv-bench/bin/python -m pytest tests/test_conversion_gguf.py tests/test_conversion_onnx.py tests/test_conversion.py -k "gguf or onnx or commands" $(ARGS)
 
 # The folder of a Hub repository, checked. Without WEIGHTS, what is in OUT already. ARGS="--push NAME/MODEL" uploads it.
 hub-repo: .venv/installed
@@ -98,6 +98,10 @@ PIP = $(@D)/bin/pip install --quiet --disable-pip-version-check -c constraints.t
 
 %/installed-others: %/installed
 	$(PIP) -e ".[others]"
+	touch $@
+
+%/installed-engines: %/installed
+	$(PIP) -e ".[engines]"
 	touch $@
 
 .PRECIOUS: .venv-%/installed %/installed-test

@@ -231,10 +231,10 @@ def test_safetensors_of_the_published_folder(small_model, shared, tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="There is no /proc/self/status.")
-@pytest.mark.parametrize("command", ["to_safetensors", "to_glm", "quantize"])
+@pytest.mark.parametrize("command", ["to_safetensors", "quantize"])
 def test_memory(write_checkpoint, chatglm, tmp_path, command):
-    """Of a model of 500 MB, a fraction is in memory: one shard, and what a tensor takes to convert."""
-    sizes = {**SMALL, "hidden_size": 1024, "kv_channels": 256, "ffn_hidden_size": 4096, "num_layers": 16}
+    """Of a model of 380 MB, a fraction is in memory: one shard, and what a tensor takes to convert."""
+    sizes = {**SMALL, "hidden_size": 1024, "kv_channels": 256, "ffn_hidden_size": 4096, "num_layers": 12}
     with torch.device("meta"):
         names = chatglm.ChatGLMForConditionalGeneration(chatglm.ChatGLMConfig(**sizes)).state_dict()
     source = write_checkpoint(tmp_path / "source", sizes)
@@ -258,7 +258,7 @@ print(memory.gb)
     shutil.rmtree(tmp_path)
     assert run.returncode == 0, run.stderr
     size = sum(tensor.numel() * 2 for tensor in names.values())
-    assert size > 480e6 and float(run.stdout) * 1e9 < 160e6, run.stdout
+    assert size > 370e6 and float(run.stdout) * 1e9 < 160e6, run.stdout
 
 
 # INT4 and INT8
