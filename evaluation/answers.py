@@ -130,14 +130,22 @@ def phrase(text: str) -> str:
     return re.sub(r"\s+", " ", answer).strip(" .。!\"'“”").casefold()
 
 
-def same(text: str, target: str) -> bool:
-    """Whether a text answers a question of BBH right, whose `target` is `(B)`, a number, or words as `Yes` and `] )`."""
+def read(text: str, target: str) -> Fraction | str | None:
+    """
+    What a text answers, in the kind of the right answer, `target`: a number, a choice such as `(B)`, or words such as `Yes`,
+    `burley bela` and `] )`. None if it answers nothing of that kind.
+    """
     target = target.strip()
     if re.fullmatch(r"\([A-Z]\)", target):
-        return choice(text, last="R") == target[1]
-    if re.fullmatch(r"-?\d+", target):
-        return number(text) == int(target)
+        return choice(text, last="R")
+    if re.fullmatch(r"-?[\d,]*\d(\.\d+)?", target):
+        return number(text)
     answer, expected = phrase(text), phrase("answer: " + target)
-    if re.fullmatch(r"[\w ]+", expected) and " " not in expected:  # one word, which an explanation may follow
-        return re.match(r"[\w-]*", answer)[0] == expected
-    return answer.replace(",", "").replace(" ", "") == expected.replace(",", "").replace(" ", "")
+    if re.fullmatch(r"\w+", expected):  # one word, which an explanation may follow
+        answer = re.match(r"[\w-]*", answer)[0]
+    return re.sub(r"[, ]", "", answer) or None
+
+
+def same(text: str, target: str) -> bool:
+    """Whether a text gives the right answer, `target`."""
+    return read(text, target) is not None and read(text, target) == read("answer: " + target, target)

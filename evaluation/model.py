@@ -118,7 +118,7 @@ class EvaluatedModel(HFLM):
                     chosen = scores[end - len(continuation) : end].float().log_softmax(-1)
                     likelihood = chosen.gather(1, continuation[:, None]).sum().item()
                     results[i] = likelihood, bool((chosen.argmax(-1) == continuation).all())
-                    self.progress(1)
+            self.progress(sum(len(rows[row]) for row in batch))
 
         room = max((len(continuation) for _, _, continuation in requests), default=0)
         self._in_batches(list(rows), run, room, TOKENS_AT_ONCE)
@@ -151,7 +151,7 @@ class EvaluatedModel(HFLM):
             for row, answer in self._answers(batch, prefix, cache, limit, until):
                 for i in rows[row]:
                     results[i] = answer
-                self.progress(len(rows[row]))
+            self.progress(sum(len(rows[row]) for row in batch))
 
         self._in_batches(list(rows), run, 1)
         return results
@@ -165,7 +165,6 @@ class EvaluatedModel(HFLM):
             [[1] * len(prefix) + [0] * (longest - len(row)) + [1] * (len(row) - len(prefix)) for row in batch]
         )
         ids, mask = ids.to(self.device), mask.to(self.device)
-        cache = DynamicCache(config=self.model.config) if cache is None else cache
         while batch:
             done = ids.shape[1] - longest
             output = self.model.generate(
@@ -203,18 +202,14 @@ class EvaluatedModel(HFLM):
         prefix = common_prefix(rows, room)
         if len(rows) == 1 or len(prefix) < LEAST_PREFIX:
             prefix = ()
-        shared = None
-        if prefix:
-            shared = DynamicCache(config=self.model.config)
-            with torch.inference_mode():
-                self.model(
-                    torch.tensor([prefix], device=self.device), past_key_values=shared, use_cache=True, logits_to_keep=1
-                )
         start = 0
+        shared = None
         while start < len(rows):
             fitting = max(min(most_tokens // (len(rows[start]) - len(prefix)), self.batch_size_per_gpu), 1)
             batch = rows[start : start + fitting]
             try:
+                if prefix and shared is None:
+                    shared = self._encode_prefix(prefix)
                 cache = copy.deepcopy(shared)
                 if cache is not None:
                     cache.batch_repeat_interleave(len(batch))
@@ -229,10 +224,19 @@ class EvaluatedModel(HFLM):
                     ) from error
                 self.batch_size_per_gpu = len(batch) // 2
                 logger.warning(f"{len(batch)} requests at once do not fit in memory; going on with {len(batch) // 2}.")
-                cache = None
-                clear_device_cache(garbage_collection=True)
+            else:
+                start += len(batch)
                 continue
-            start += len(batch)
+            cache = None
+            clear_device_cache(garbage_collection=True)  # here, where the error holds no tensors any more
+
+    def _encode_prefix(self, prefix: tuple) -> DynamicCache:
+        """By `generate`, which makes this model's cache one that grows in place."""
+        ids = torch.tensor([prefix], device=self.device)
+        return self.model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False, return_dict_in_generate=True,
+            pad_token_id=self.tokenizer.pad_token_id,
+        ).past_key_values  # fmt: skip
 
 
 def common_prefix(rows: list[tuple], room: int) -> tuple:

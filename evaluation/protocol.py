@@ -54,6 +54,8 @@ def build(suite: str, subject: str | None, protocol: str, data: str | None = Non
         config = read_yaml(HARNESS / "gsm8k/gsm8k-cot.yaml")
     name = f"{suite}_{protocol}" if suite in CHOICES else suite
     config = {**config, **read_yaml(FOLDER / f"{name}.yaml"), "task": task_name(suite, subject)}
+    if subject == "sports_understanding":  # as published, where its examples go on in the same line
+        config |= {"doc_to_text": "Q: {{input}}\nA: Let's think step by step.", "target_delimiter": " "}
     config["metadata"] = {"suite": suite, "subject": subject, "data": data, "file": file}
     if suite in CHOICES:
         subject_name = SUBJECTS[suite][subject]["name"]

@@ -193,10 +193,7 @@ def describe(task, sample: dict) -> dict:
     if task.OUTPUT_TYPE == "generate_until":
         target = str(sample["target"])
         text = responses.pop(0)
-        is_choice = bool(responses) or (target[:1] == "(" and target[2:] == ")")
-        said = answers.choice(text, "D" if responses else "R") if is_choice else answers.number(text)
-        if not is_choice and not target.lstrip("-").replace(",", "").isdigit():
-            said = answers.phrase(text)
+        said = answers.choice(text) if responses else answers.read(text, target)
         row |= {"target": target, "answer": text, "said": None if said is None else str(said)}
     if responses:
         scores = [score for score, _ in responses]

@@ -122,7 +122,7 @@ class Oracle(LM):
 def test_right_answers_score_all_and_wrong_ones_nothing(folder, suite, mode):
     for subject in SOME[suite]:
         for right in (True, False):
-            result = run.run_task(build(suite, subject, mode, str(folder)), Oracle(right))
+            result = run.run_task(build(suite, subject, mode, str(folder)), Oracle(right), limit=100)
             assert result["samples"] == len(result["answers"]) >= 5
             assert result["correct"] == (result["samples"] if right else 0), (suite, subject, mode)
 
@@ -223,7 +223,8 @@ def test_published_prompts_token_for_token(shared, tiny):
     for task in data.SUBJECTS["bbh"]:
         published = (folder / f"bbh/cot-prompts/{task}.txt").read_text().split("-----\n")[1].strip()
         request = first_request(build("bbh", task, "base", str(folder)), lm)
-        question = f"{published}\n\nQ: {request.doc['input']}\nA: Let's think step by step.\n"
+        question = f"{published}\n\nQ: {request.doc['input']}\nA: Let's think step by step."
+        question += "" if task == "sports_understanding" else "\n"
         assert lm.tok_encode(request.args[0]) == lm.tokenizer.encode(question), task
 
 
@@ -273,7 +274,7 @@ def test_likelihoods_equal_those_of_the_plain_harness(tiny):
 
 def test_batches_that_do_not_fit_are_halved(folder, tiny, monkeypatch):
     model, tokenizer = tiny
-    expected = run.run_task(build("mmlu", "anatomy", "chat", str(folder)), EvaluatedModel(model, tokenizer, 8), limit=6)
+    expected = run.run_task(build("mmlu", "anatomy", "chat", str(folder)), EvaluatedModel(model, tokenizer, 8), limit=8)
     forward, most = model.forward, 2
 
     def small(input_ids=None, **kwargs):
@@ -283,7 +284,7 @@ def test_batches_that_do_not_fit_are_halved(folder, tiny, monkeypatch):
 
     monkeypatch.setattr(type(model), "forward", lambda self, input_ids=None, **kwargs: small(input_ids, **kwargs))
     lm = EvaluatedModel(model, tokenizer, 8)
-    result = run.run_task(build("mmlu", "anatomy", "chat", str(folder)), lm, limit=6)
+    result = run.run_task(build("mmlu", "anatomy", "chat", str(folder)), lm, limit=8)
     assert result["answers"] == expected["answers"] and lm.batch_size == 2
     most = 0
     with pytest.raises(MemoryError, match="--quantization int4"):
@@ -311,7 +312,9 @@ def test_windows_predict_every_token_once(tiny):
     text = "你好，今天天气很好。The little dog was happy. " * 300
     windows = lm.windows(text)
     assert sum((targets for *_, targets in windows), []) == lm.tokenizer.encode(text, add_special_tokens=False)
-    assert max(len(context) + len(targets) for _, context, targets in windows) <= 2048
+    assert (
+        max(len(context) + len(targets) for _, context, targets in windows) <= 2049
+    )  # of which the last is only predicted
     assert all(context[:2] == lm.tokenizer.encode("") for _, context, _ in windows)
     assert min(len(context) for _, context, _ in windows[1:]) >= 1020
 
@@ -353,7 +356,7 @@ LAW, GSM8K, NAVIGATE = "ceval/val/law_val.csv", "gsm8k/test.jsonl", "bbh/navigat
         ("ceval", "law", LAW, lambda b: b.replace(b"question", b"Question"), ValueError, "has the columns id, Question, A"),
         ("ceval", "law", LAW, lambda b: b.replace(b",answer", b",explanation"), ValueError, "has no column answer"),
         ("ceval", "law", LAW, lambda b: b.replace(b",A\r", b"\r", 1), ValueError, "question 1 has 6 cells for 7 columns"),
-        ("ceval", "law", LAW, lambda b: b[: b.rindex(b"23,")], ValueError, "has 23 questions here, and 24 as published"),
+        ("ceval", "law", LAW, lambda b: b[: b.rindex(b"\r\n23,")], ValueError, "has 23 questions here, and 24 as published"),
         ("ceval", "law", LAW, lambda b: b.decode().encode("gb18030"), ValueError, "is not UTF-8"),
         ("gsm8k", None, GSM8K, lambda b: b.replace(b"#### 1,000", b"#### many", 1), ValueError, "question 1: the answer ends in 'many'"),
         ("gsm8k", None, GSM8K, lambda b: b.replace(b'"answer"', b'"reply"', 1), ValueError, "row 1 has no answer; there are"),
