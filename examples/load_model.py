@@ -1,6 +1,8 @@
 """The options of all examples that say which model to load and how, and the loading, with errors that fit on a line."""
 
 import argparse
+import asyncio
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import torch
@@ -77,3 +79,21 @@ def load_model(args: argparse.Namespace):
 
 def default_device() -> str:
     return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+
+
+async def iterate_in_threads(stream: Iterator) -> AsyncIterator:
+    """
+    Yields what a generator (`stream_chat`) yields, each step in a thread, so that others are served meanwhile. Cancelled or
+    closed, it lets the step at hand end, and closes the generator: then generation has stopped.
+    """
+    step, end = None, object()
+    try:
+        while True:
+            step = asyncio.ensure_future(asyncio.to_thread(next, stream, end))
+            item = await asyncio.shield(step)
+            if item is end:
+                return
+            yield item
+    finally:
+        await asyncio.wait([step])
+        stream.close()

@@ -11,25 +11,29 @@ dialogue and a cache of their own. The page needs nothing from outside.
 import argparse
 import os
 import sys
+from contextlib import aclosing
 
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # nothing is sent anywhere
 
 import gradio as gr
-from starlette.concurrency import iterate_in_threadpool
 
 from examples.http_guard import listen
-from examples.load_model import add_model_options, at_least, load_model
+from examples.load_model import add_model_options, at_least, iterate_in_threads, load_model
 
 
 DELIMITERS = [("$$", "$$", True), ("\\[", "\\]", True), ("\\(", "\\)", False), ("$", "$", False)]
 EXAMPLES = ["你好", "Who are you?", "你是谁？", "What is artificial intelligence?"]
-CSS = "footer {display: none !important} .message {line-height: 1.6}"
+CSS = """
+footer {display: none !important}
+.message {line-height: 1.6}
+.example {border: 1px solid var(--border-color-primary) !important; border-radius: 8px !important}
+"""
 FORGOTTEN_AFTER = 3600  # seconds without a word: then a cache is no longer kept for a user
 
 
 def to_rounds(messages: list[dict]) -> list[tuple[str, str]]:
-    """Returns gradio's messages as (query, response) pairs."""
+    """Returns gradio's messages as (query, response) pairs, without queries that were not answered."""
     rounds = []
     for message in messages:
         parts = [message["content"]] if isinstance(message["content"], str) else message["content"]
@@ -38,7 +42,7 @@ def to_rounds(messages: list[dict]) -> list[tuple[str, str]]:
             rounds.append((text, ""))
         elif rounds:
             rounds[-1] = (rounds[-1][0], rounds[-1][1] + text)
-    return rounds
+    return [(query, response) for query, response in rounds if response]
 
 
 def build_page(model, tokenizer, users: int = 1, temperature: float = 0.95, top_p: float = 0.8) -> gr.ChatInterface:
@@ -51,8 +55,7 @@ def build_page(model, tokenizer, users: int = 1, temperature: float = 0.95, top_
         message: str, messages: list[dict], max_length: int, top_p: float, temperature: float, session: dict
     ):
         """Yields the answer as it grows. `session` is the user's own, and keeps their cache."""
-        if not message.strip():
-            raise gr.Error("请输入内容。 Say something first.", print_exception=False)
+        # Where it is stopped, or the page closed, generation ends, and its cache is freed.
         stream = model.stream_chat(
             tokenizer,
             message,
@@ -64,21 +67,19 @@ def build_page(model, tokenizer, users: int = 1, temperature: float = 0.95, top_
             temperature=temperature,
         )
         try:
-            async for response, _, cache in iterate_in_threadpool(stream):
-                yield response
+            async with aclosing(iterate_in_threads(stream)) as answers:
+                async for response, _, cache in answers:
+                    yield response
             session["cache"] = cache
         except ValueError as error:  # a question that is too long, say
-            raise gr.Error(str(error), print_exception=False) from None
-        finally:  # where it was stopped, or the page closed, too: generation ends, and its cache is freed
-            stream.close()
+            gr.Warning(str(error))  # an error would leave the page waiting
 
     chatbot = gr.Chatbot(
         label="ChatGLM2",
         show_label=False,
-        height="62vh",
+        height="66vh",
         latex_delimiters=[dict(left=left, right=right, display=display) for left, right, display in DELIMITERS],
         buttons=["copy"],
-        allow_tags=False,  # < in an answer is a character
         placeholder="输入问题，开始对话。 Ask something.",
     )
     page = gr.ChatInterface(

@@ -1,0 +1,328 @@
+"""
+`make web` in a real browser: Chromium, where it and Playwright are installed (`apt-get install chromium`).
+
+    WEB_CHAT_SCREENSHOT=docs/images/web_chat.png python -m pytest tests/test_web_chat.py -k dialogue
+
+makes the picture in the documentation anew.
+"""
+
+import os
+import shutil
+import sys
+import threading
+import time
+
+import pytest
+from transformers import AutoModel, AutoTokenizer
+
+from conftest import TINY
+
+
+pytest.importorskip("gradio")
+playwright = pytest.importorskip("playwright.sync_api")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+from examples import web_chat  # noqa: E402
+from examples.http_guard import listen  # noqa: E402
+
+
+pytestmark = pytest.mark.xdist_group("web_chat")
+
+FLAGS = [
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if CHROMIUM is None:
+        pytest.skip("no Chromium here (apt-get install chromium)")
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+def serve(model, tokenizer, **options) -> tuple:
+    """Returns the page and its address."""
+    with listen("127.0.0.1", 0) as listener:
+        port = listener.getsockname()[1]
+    page = web_chat.build_page(model, tokenizer, **options)
+    web_chat.launch_page(page, "127.0.0.1", port, prevent_thread_lock=True)
+    return page, f"http://127.0.0.1:{port}"
+
+
+class ScriptedModel:
+    """Answers what the test says, word by word, and notes what it was asked, and how it ended."""
+
+    def __init__(self):
+        self.asked, self.options, self.ended, self.running = [], [], [], 0
+        self.text, self.pause = "", 0.0
+        self.go = threading.Event()
+
+    def stream_chat(self, tokenizer, query, history, past_key_values=None, return_past_key_values=True, **options):
+        if query == "too long":
+            raise ValueError("The query is 9999 tokens long. Shorten it.")
+        self.asked.append((query, history))
+        self.options.append({**options, "cache": past_key_values})
+        text = self.text or f"Answer {len(self.asked)} to {query}."
+        words, shown = text.split(" "), ""
+        self.running += 1
+        try:
+            for i, word in enumerate(words):
+                shown += (" " if i else "") + word
+                yield shown, [*history, (query, shown)], f"cache of {query}"
+                time.sleep(self.pause)
+            self.ended.append("complete")
+        except GeneratorExit:
+            self.ended.append("closed")
+        finally:
+            self.running -= 1
+
+
+@pytest.fixture(scope="module")
+def scripted_page():
+    model = ScriptedModel()
+    page, url = serve(model, None, users=2)
+    yield model, url
+    page.close(verbose=False)
+
+
+@pytest.fixture
+def scripted(scripted_page):
+    """The model and its page, as new."""
+    model, url = scripted_page
+    model.__init__()
+    return model, url
+
+
+class Tab:
+    """A user's tab, in a browser profile of its own."""
+
+    def __init__(self, browser, url: str, **options):
+        self.context = browser.new_context(**options)
+        self.page = self.context.new_page()
+        self.requests = []
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.url = url
+        self.page.goto(url)
+        self.input = self.page.locator("[data-testid=textbox]").first
+        self.input.wait_for()
+
+    def ask(self, text: str, wait=True):
+        before = self.answers().count()
+        playwright.expect(self.input).to_be_enabled(timeout=20_000)
+        self.input.fill(text)
+        self.input.press("Enter")
+        if wait:
+            playwright.expect(self.answers()).to_have_count(before + 1, timeout=20_000)
+            self.wait_for_end()
+
+    def wait_for_end(self):
+        self.page.locator("[data-testid=submit-button]").wait_for(timeout=20_000)
+        playwright.expect(self.input).to_be_enabled(timeout=20_000)
+
+    def answers(self):
+        return self.page.locator("[data-testid=bot]")
+
+    def texts(self, who: str = "bot") -> list[str]:
+        return [text.strip() for text in self.page.locator(f"[data-testid={who}]").all_inner_texts()]
+
+    def press(self, label: str):
+        self.page.get_by_label(label, exact=True).last.click()
+
+
+@pytest.fixture
+def open_tab(browser):
+    tabs = []
+
+    def open(url, **options):
+        tabs.append(Tab(browser, url, **options))
+        return tabs[-1]
+
+    yield open
+    for tab in tabs:
+        assert all(request.startswith((tab.url, "data:", "blob:")) for request in tab.requests)  # none from outside
+        tab.context.close()
+
+
+def until(condition, seconds: float = 10):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_dialogue_with_the_small_model(open_tab):
+    """What `chat` answers, round after round, in Chinese and English."""
+    tokenizer = AutoTokenizer.from_pretrained(TINY, trust_remote_code=True)
+    model = AutoModel.from_pretrained(TINY, trust_remote_code=True).float().eval()
+    page, url = serve(model, tokenizer, temperature=0)
+    try:
+        tab = open_tab(url, viewport={"width": 1000, "height": 760}, device_scale_factor=2)
+        history = []
+        for query in ["你好", "Who are you?", "Thank you!"]:
+            tab.ask(query)
+            _, history = model.chat(tokenizer, query, history, do_sample=False)
+        assert tab.texts() == [" ".join(response.split()) for _, response in history]
+        assert tab.texts("user") == [query for query, _ in history]
+        if "WEB_CHAT_SCREENSHOT" in os.environ:
+            tab.page.get_by_text("Settings").click()
+            tab.page.set_viewport_size({"width": 1000, "height": 1100})
+            tab.page.mouse.move(0, 0)
+            time.sleep(1)
+            tab.page.screenshot(path=os.environ["WEB_CHAT_SCREENSHOT"])
+    finally:
+        page.close(verbose=False)
+
+
+def test_streams_and_stops(scripted, open_tab):
+    model, url = scripted
+    model.text, model.pause = "word " * 1000, 0.05
+    tab = open_tab(url)
+    tab.ask("Tell me", wait=False)
+    tab.answers().wait_for()
+    first = len(tab.texts()[0])
+    until(lambda: len(tab.texts()[0]) > first)  # it grows
+    tab.page.locator(".stop-button").click()
+    until(lambda: model.ended == ["closed"])
+    tab.wait_for_end()
+    shown = tab.texts()[0]
+    assert 0 < len(shown) < 1000
+    model.text, model.pause = "", 0  # the dialogue goes on from what was said
+    tab.ask("Go on")
+    query, history = model.asked[-1]
+    assert query == "Go on" and [pair[0] for pair in history] == ["Tell me"] and history[0][1].startswith("word word")
+
+
+def test_regenerate_edit_undo_clear_reload(scripted, open_tab):
+    model, url = scripted
+    tab = open_tab(url)
+    tab.ask("one")
+    tab.ask("two")
+    assert model.options[0]["cache"] is None and model.options[1]["cache"] == "cache of one"
+    rounds = [("one", "Answer 1 to one."), ("two", "Answer 2 to two.")]
+    assert model.asked[1] == ("two", rounds[:1])
+    tab.press("Retry")
+    until(lambda: tab.texts() == ["Answer 1 to one.", "Answer 3 to two."])
+    assert model.asked[2] == ("two", rounds[:1])
+    tab.wait_for_end()
+    tab.page.get_by_label("Edit", exact=True).first.click()
+    tab.page.locator("[data-testid=user] textarea, .message textarea").first.fill("uno")
+    tab.press("Submit")
+    until(lambda: tab.texts() == ["Answer 4 to uno."])
+    assert model.asked[3] == ("uno", [])
+    tab.wait_for_end()
+    tab.press("Clear")
+    until(lambda: tab.texts() == [])
+    tab.ask("three")
+    assert model.asked[4] == ("three", [])
+    tab.page.reload()
+    tab.input.wait_for()
+    assert tab.texts() == []
+    tab.ask("four")
+    assert model.asked[5] == ("four", [])
+
+
+def test_users_have_their_own_dialogues(scripted, open_tab):
+    """Two are answered at the same time, a third waits; none sees another's dialogue or cache."""
+    model, url = scripted
+    model.pause = 0.3
+    tabs = [open_tab(url) for _ in range(3)]
+    for i, tab in enumerate(tabs):
+        tab.ask(f"I am {i} " + "and so on", wait=False)
+    most = 0
+    while len(model.ended) < 3:
+        most = max(most, model.running)
+        time.sleep(0.02)
+    assert most == 2
+    model.pause = 0
+    for i, tab in enumerate(tabs):
+        tab.wait_for_end()
+        tab.ask("again")
+        query, history = model.asked[-1]
+        assert [pair[0] for pair in history] == [f"I am {i} and so on"]
+        assert model.options[-1]["cache"] == f"cache of I am {i} and so on"
+
+
+def test_closing_the_tab_ends_the_generation(scripted, open_tab):
+    model, url = scripted
+    model.text, model.pause = "word " * 1000, 0.05
+    tab = open_tab(url)
+    tab.ask("Tell me", wait=False)
+    tab.answers().wait_for()
+    tab.page.close()
+    until(lambda: model.ended == ["closed"], 20)
+
+
+def test_sliders(scripted, open_tab):
+    """They have the first-party page's names, ranges and defaults, and what they say is what is done."""
+    model, url = scripted
+    tab = open_tab(url)
+    tab.ask("one")
+    assert model.options[0] == {"max_length": 8192, "top_p": 0.8, "temperature": 0.95, "cache": None}
+    tab.page.get_by_text("Settings").click()
+    for name, value in [("max_length", "32768"), ("top_p", "0"), ("temperature", "0.5")]:
+        slider = tab.page.get_by_label(f"number input for {name}")
+        slider.wait_for()
+        for _ in range(20):  # the page may put the old value back while it unfolds
+            slider.fill(value)
+            slider.blur()
+            time.sleep(0.2)
+            if slider.input_value() == value:
+                break
+    tab.ask("two")
+    assert model.options[1] == {"max_length": 32768, "top_p": 0.01, "temperature": 0.5, "cache": "cache of one"}
+
+
+def test_markdown_code_and_formulas(scripted, open_tab):
+    model, url = scripted
+    model.text = (
+        "# 标题\n\n| a | b |\n|---|---|\n| 中文 | 1 |\n\n```python\nprint('<b>')\n```\n\n$$E = mc^2$$ and \\(x_1\\)\n\n"
+        "<script>document.title = 'taken'</script> vector<int> a < b"
+    )
+    tab = open_tab(url)
+    tab.ask("<img src=x onerror=\"document.title='taken'\"> 问")
+    answer = tab.answers().first
+    assert answer.locator("h1").inner_text() == "标题" and answer.locator("td").first.inner_text() == "中文"
+    assert "print('<b>')" in answer.locator("pre code").inner_text()
+    playwright.expect(answer.locator(".katex")).to_have_count(2)
+    assert "vector<int> a < b" in answer.inner_text()
+    assert tab.page.title() == "ChatGLM2"
+
+
+def test_errors_are_said(scripted, open_tab):
+    model, url = scripted
+    tab = open_tab(url)
+    tab.ask("too long", wait=False)
+    tab.page.get_by_text("9999 tokens long. Shorten it.").wait_for(timeout=10_000)
+    tab.wait_for_end()
+    tab.ask("short")
+    assert tab.texts()[-1] == "Answer 1 to short." and model.asked == [("short", [])]
+
+
+# Without a browser
+
+
+def test_rounds():
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "a"}]},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+    ]
+    assert web_chat.to_rounds(messages) == [("a", "b")]
+    assert web_chat.to_rounds([{"role": "assistant", "content": "greeting"}]) == []
+
+
+def test_bad_options(monkeypatch, capsys):
+    def fails(*args):
+        monkeypatch.setattr(sys, "argv", ["web_chat", *args])
+        with pytest.raises(SystemExit) as exit:
+            web_chat.main()
+        return str(exit.value) if exit.value.code != 2 else capsys.readouterr().err
+
+    with listen("127.0.0.1", 0) as taken:
+        assert "Address already in use" in fails("--port", str(taken.getsockname()[1]))
+    assert "no model there" in fails("--port", "0", "--model", "./nothing")
+    assert "at least 1" in fails("--users", "0")
