@@ -16,6 +16,7 @@ import uvicorn
 from fastapi import FastAPI, HTTPException
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import AfterValidator
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from examples.load_model import at_least
@@ -96,6 +97,10 @@ def what_is_invalid(errors: list[dict]) -> str:
         reason = (error.get("ctx") or {}).get("error", "")
         lines.append(f"{where}: {error['msg']}{f' ({reason})' if error['type'] == 'json_invalid' else got}")
     return "; ".join(lines)
+
+
+# JSON can have halves of surrogate pairs, which are no characters: str.encode raises a ValueError.
+check_unicode = AfterValidator(lambda text: text.encode().decode())
 
 
 class Guard:

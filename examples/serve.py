@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal
 import torch
 from fastapi import HTTPException
 from jinja2 import TemplateError
-from pydantic import AfterValidator, BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 from transformers import ContinuousBatchingConfig
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
@@ -36,7 +36,7 @@ from transformers.cli.serving.utils import (
     _StreamError,
 )
 
-from examples.http_guard import add_server_options, answer_errors, listen, run, what_is_invalid
+from examples.http_guard import add_server_options, answer_errors, check_unicode, listen, run, what_is_invalid
 from examples.load_model import add_model_options, at_least, load_model
 
 
@@ -47,12 +47,7 @@ PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health")
 # What a request may say. Whatever else the library's server would take is refused rather than ignored.
 
 
-def check_unicode(text: str) -> str:
-    text.encode()  # JSON can have halves of surrogate pairs, which are no characters; this raises a ValueError
-    return text
-
-
-Text = Annotated[str, AfterValidator(check_unicode)]
+Text = Annotated[str, check_unicode]
 Stop = Annotated[str, Field(min_length=1)]
 
 
