@@ -136,7 +136,8 @@ def convert(model: Path, output: Path, kind: str = "f16"):
                 raise ValueError(f"{name} has values that are not finite in float16, and cannot be converted.")
             if ".query_key_value." in name:
                 tensor = torch.cat(list(split_query_key_value(tensor, config)))
-            writer.write_tensor_data(gguf.quants.quantize(tensor.float().numpy(), kinds[name]))
+            tensor = tensor.half() if kinds[name] == gguf.GGMLQuantizationType.F16 else tensor.float()
+            writer.write_tensor_data(gguf.quants.quantize(tensor.numpy(), kinds[name]))
         writer.close()
     if unaligned := [name for name, dtype in kinds.items() if dtype.name == "F16" and kind != "f16"]:
         print(f"{len(unaligned)} of {len(kinds)} tensors stay f16: their columns are no multiple of 32.")
