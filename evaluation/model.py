@@ -21,6 +21,7 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 LEAST_PREFIX = 16  # tokens in common that are worth a cache of their own
+LEAST_SHARE = 4  # a quarter: where no more rows than that of a batch are left, they go on with those of others
 STEPS = 32  # of decoding between two looks at which answers are finished
 TOKENS_AT_ONCE = 8192  # of prompts that are only encoded: more are no faster, and their logits take memory
 WINDOW = 2048  # tokens that perplexity is measured over at most, for models to be compared
@@ -146,46 +147,75 @@ class EvaluatedModel(HFLM):
                 ids = special + ids[len(special) - room :]
             rows[tuple(ids)].append(i)
         results = [None] * len(requests)
+        begun = {row: row for row in rows}  # the ids so far, and the prompt that they begin with
+        later = {}
 
         def run(batch: list[tuple], prefix: tuple, cache: DynamicCache | None):
-            for row, answer in self._answers(batch, prefix, cache, limit, until):
-                for i in rows[row]:
-                    results[i] = answer
-            self.progress(sum(len(rows[row]) for row in batch))
+            prompts = [begun[ids] for ids in batch]
+            least = len(batch) // LEAST_SHARE if len(begun) > len(batch) else 0
+            finished = 0
+            for i, ids, answer in self._answers(batch, prompts, prefix, cache, limit, until, least):
+                if answer is None:
+                    later[ids] = prompts[i]
+                    continue
+                for request in rows[prompts[i]]:
+                    results[request] = answer
+                finished += len(rows[prompts[i]])
+            self.progress(finished)
 
-        self._in_batches(list(rows), run, 1)
+        while begun:
+            self._in_batches(list(begun), run, 1)
+            begun.clear()
+            begun.update(later)
+            later.clear()
         return results
 
-    def _answers(self, batch: list[tuple], prefix: tuple, cache, limit: int, until: list[str]) -> Iterator[tuple]:
-        """Yields (row, answer) as they are finished. Padding stands behind the prefix."""
+    def _answers(
+        self, batch: list[tuple], prompts: list[tuple], prefix: tuple, cache, limit: int, until: list[str], least: int
+    ) -> Iterator[tuple[int, tuple, str | None]]:
+        """
+        Yields (index in the batch, ids, answer) as they are finished. When `least` or fewer are left, which would keep the
+        batch going for themselves, they come with an answer of None, to go on together with others.
+
+        Args:
+            batch: Ids of each row: its prompt, and what was generated before.
+            limit: Tokens of an answer.
+        """
         longest = max(map(len, batch))
         pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
-        ids = torch.tensor([[*prefix, *[pad] * (longest - len(row)), *row[len(prefix) :]] for row in batch])
+        # Padding stands behind the prefix.
+        gaps = [longest - len(row) for row in batch]
+        ids = torch.tensor([[*prefix, *[pad] * gap, *row[len(prefix) :]] for row, gap in zip(batch, gaps)])
         mask = torch.tensor(
-            [[1] * len(prefix) + [0] * (longest - len(row)) + [1] * (len(row) - len(prefix)) for row in batch]
+            [[1] * len(prefix) + [0] * gap + [1] * (len(row) - len(prefix)) for row, gap in zip(batch, gaps)]
         )
         ids, mask = ids.to(self.device), mask.to(self.device)
-        while batch:
-            done = ids.shape[1] - longest
+        begins = [gap + len(prompt) for gap, prompt in zip(gaps, prompts)]  # of the answers
+        left = list(range(len(batch)))
+        while left:
+            room = limit - max(ids.shape[1] - begins[i] for i in left)
             output = self.model.generate(
                 ids, attention_mask=mask, past_key_values=cache, do_sample=False, pad_token_id=pad, eos_token_id=eos,
-                max_new_tokens=min(STEPS, limit - done), return_dict_in_generate=True,
+                max_new_tokens=min(STEPS, room), return_dict_in_generate=True,
             )  # fmt: skip
             ids, cache = output.sequences, output.past_key_values
-            texts = self.tokenizer.batch_decode(ids[:, longest:], skip_special_tokens=True)
-            ended = (ids[:, longest:] == eos).any(-1).tolist()
-            full = ids.shape[1] - longest >= limit
+            generated = [row[begins[i] :] for i, row in zip(left, ids.tolist())]
+            texts = self.tokenizer.batch_decode(generated, skip_special_tokens=True)
             kept = []
-            for i, (row, text) in enumerate(zip(batch, texts)):
-                if full or ended[i] or any(stop in text for stop in until):
-                    yield row, postprocess_generated_text(text, stop=until, think_end_token=None)
+            for place, (i, tokens, text) in enumerate(zip(left, generated, texts)):
+                if len(tokens) >= limit or eos in tokens or any(stop in text for stop in until):
+                    yield i, batch[i], postprocess_generated_text(text, stop=until, think_end_token=None)
                 else:
-                    kept.append(i)
-            if kept and len(kept) < len(batch):
+                    kept.append(place)
+            if len(kept) <= least:
+                for place in kept:
+                    yield left[place], (*prompts[left[place]], *generated[place]), None
+                return
+            if len(kept) < len(left):
                 chosen = torch.tensor(kept, device=self.device)
                 ids, mask = ids[chosen], mask[chosen]
                 cache.batch_select_indices(chosen)
-            batch = [batch[i] for i in kept]
+                left = [left[place] for place in kept]
             mask = torch.cat([mask, mask.new_ones(len(mask), ids.shape[1] - mask.shape[1])], dim=1)
 
     # Both
