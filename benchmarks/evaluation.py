@@ -51,7 +51,7 @@ def timed_scores(lm, task, limit: int) -> tuple[float, list[float]]:
 def main():
     parser = options(__doc__, rounds=3)
     parser.add_argument("--data", type=Path, default=SHARED / "eval")
-    parser.add_argument("--limit", type=int, default=64, help="questions of each task (64)")
+    parser.add_argument("--limit", type=int, default=32, help="questions of each task (32)")
     args = parser.parse_args()
     if not args.data.is_dir():
         raise SystemExit(f"{args.data} is missing: give the folder of the data sets with --data.")

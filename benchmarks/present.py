@@ -265,6 +265,36 @@ def training_plot(figures: dict, plt):
     return figure
 
 
+def evaluation_text(figures: dict) -> str:
+    rows = []
+    for row in figures["rows"]:
+        this, harness = row["seconds"]["this"], row["seconds"]["lm-evaluation-harness"]
+        same = f"{row['same_scores']} of {row['questions']}"
+        rows.append([row["task"], row["questions"], f"{this:.1f}", f"{harness:.1f}", f"{row['ratio']:.2f}", same])
+    header = ["", "questions", "this, s", "lm-evaluation-harness, s", "ratio", "same scores"]
+    return table(header, rows) + (
+        f"\n\n`checkpoints/tiny` in float32, batches of {figures['batch_size']}, by `evaluation.model` and by the harness's own "
+        f"`HFLM`: the same tasks and questions. All together: {figures['ratio']:.2f} times as fast. Answers of the chat model to "
+        "MMLU are short, and their prompts have no examples in common."
+    )
+
+
+def evaluation_plot(figures: dict, plt):
+    figure, axis = plt.subplots(figsize=(9, 4))
+    rows = figures["rows"]
+    for i, row in enumerate(rows):
+        this, harness = row["seconds"]["this"], row["seconds"]["lm-evaluation-harness"]
+        axis.barh(i - 0.2, harness, 0.4, color=PEER, label=None if i else "lm-evaluation-harness")
+        axis.barh(i + 0.2, this, 0.4, color=OURS, label=None if i else "this package")
+        axis.text(max(this, harness), i, f" {row['ratio']:.1f}x", va="center")
+    axis.set_yticks(range(len(rows)), [row["task"].replace(" (", "\n(") for row in rows])
+    axis.set(title="Evaluation", xlabel="seconds")
+    axis.margins(x=0.12)
+    axis.invert_yaxis()
+    axis.legend()
+    return figure
+
+
 def tokenizer_text(figures: dict) -> str:
     rows = [
         [r["text"], r["task"], f"{r['slow']:.2f}", f"{r['this']:.2f}", f"{r['ratio']:.1f}"] for r in figures["rows"]
@@ -315,6 +345,7 @@ SECTIONS = {
     "rounds": ("Rounds of a dialogue", rounds_text, rounds_plot),
     "batching": ("Several requests", batching_text, batching_plot),
     "training": ("Training", training_text, training_plot),
+    "evaluation": ("Evaluation", evaluation_text, evaluation_plot),
     "tokenizer": ("Tokenizer", tokenizer_text, tokenizer_plot),
     "quantization_quality": ("What quantization costs", quantization_quality_text, quantization_quality_plot),
 }

@@ -97,7 +97,7 @@ def suite_section(suite: str, evaluations: list[tuple[str, list[dict]]]) -> list
     for model, figures in PUBLISHED["models"].items():
         if suite in figures:
             values = [f"{value:.2f}" for value in figures[suite]]
-            rows.append([f"{model} (published)", "", *values, *[""] * (len(columns) - len(values))])
+            rows.append([f"{model}, published", "", *values, *[""] * (len(columns) - len(values))])
     lines = [f"## {TITLES[suite]}", "", table(["", "questions", *columns], rows), ""]
     for label, results in evaluations:
         shots = Counter()
@@ -109,7 +109,7 @@ def suite_section(suite: str, evaluations: list[tuple[str, list[dict]]]) -> list
             lines += [f"{label}: examples that fit the context: {counts} prompts.", ""]
         if cut:
             lines += [
-                f"{label}: {cut:,} prompts are longer than the context without any example, and lost their beginning.",
+                f"{label}: prompts longer than the context even without an example, which lost their beginning: {cut:,}.",
                 "",
             ]
         lines += said_lines(suite, label, results)
