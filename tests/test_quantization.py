@@ -174,7 +174,7 @@ import torch
 from benchmarks.random_checkpoint import load, write_checkpoint
 from benchmarks.measure import anonymous_memory
 folder = Path({str(tmp_path / "half")!r})
-write_checkpoint(folder, layers=3, dtype=torch.float16)
+write_checkpoint(folder, num_layers=3, dtype=torch.float16)
 torch.zeros(1 << 20) @ torch.zeros(1 << 20)  # the threads that torch starts
 peak, done, before = 0.0, False, anonymous_memory()
 def watch():
