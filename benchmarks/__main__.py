@@ -17,8 +17,18 @@ from .measure import SHARED
 from .random_checkpoint import ROOT
 
 
-NAMES = ["tokenizer", "quantization_quality", "decode", "attention", "prompts", "rounds", "batching", "training"]
-NEED_DATA = ["tokenizer", "quantization_quality"]  # texts that are not part of this repository
+NAMES = [
+    "tokenizer",
+    "quantization_quality",
+    "decode",
+    "attention",
+    "prompts",
+    "rounds",
+    "batching",
+    "training",
+    "evaluation",
+]
+NEED_DATA = ["tokenizer", "quantization_quality", "evaluation"]  # texts that are not part of this repository
 
 
 def main():

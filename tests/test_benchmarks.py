@@ -19,7 +19,7 @@ def test_quick_run(tmp_path):
     assert result.returncode == 0, result.stderr
     names = {"decode", "attention", "prompts", "rounds", "batching", "training"}
     if SHARED.is_dir():
-        names |= {"tokenizer", "quantization_quality"}
+        names |= {"tokenizer", "quantization_quality", "evaluation"}
     else:
         assert "tokenizer is left out" in result.stderr
     figures = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "quick").glob("*.json")}
