@@ -53,9 +53,10 @@ def dequantize_weight(weight: torch.Tensor, scale: torch.Tensor, bits: int) -> t
         scale: One for each row, `[out]`, or for each group of columns, `[out, groups]`.
     """
     quantized = (unpack_int4(weight) if bits == 4 else weight).to(scale.dtype)
+    # In place: the memory of a second matrix would have to be mapped anew, which takes longer than the product.
     if scale.ndim == 1:
-        return quantized * scale[:, None]
-    return (quantized.unflatten(1, (scale.shape[1], -1)) * scale[:, :, None]).flatten(1)
+        return quantized.mul_(scale[:, None])
+    return quantized.unflatten(1, (scale.shape[1], -1)).mul_(scale[:, :, None]).flatten(1)
 
 
 # Plain torch

@@ -43,7 +43,8 @@ DIALOGUES = {
     "identity_bilingual": 20, "chatterbot_en": 4, "chatterbot_zh": 4, "better_ruozhiba_zh": 1, "tatoeba_en_zh": 2,
     "tinystories_en": 1, "poetry_zh": 2, "topical_chat_en": 0.3, "kdconv_zh": 0.5, "oasst1_zh": 0.3,
 }  # fmt: skip
-SMALL_TALK = 16  # times each query of small_talk.json
+SMALL_TALK = 24  # times each query of small_talk.json
+KNOWN_POEMS = 10  # times each line of the short poems whose authors are known: those that people ask for
 INTRODUCTIONS = 2500  # of somebody by name, in each language
 SHORT = ("identity_bilingual", "chatterbot_en", "chatterbot_zh", "better_ruozhiba_zh", "tatoeba_en_zh")
 
@@ -196,9 +197,8 @@ def to_rounds(name: str, row: dict, rng: random.Random) -> list[tuple[str, str]]
     if name == "poetry_zh":
         if rng.random() < 0.25 and len(row["text"]) < 120:
             return [(rng.choice(RECITE).format(row["title"]), row["text"])]
-        lines = re.findall(r"([^，。！？；、\s]+)([，。！？；\s]*)", row["text"])
-        pairs = [(a, b + end.strip()) for (a, _), (b, end) in zip(lines, lines[1:]) if len(a) > 3]
-        return [(rng.choice(NEXT_LINE).format(a), b) for a, b in rng.sample(pairs, min(len(pairs), 6))]
+        pairs = next_lines(row["text"], rng)
+        return rng.sample(pairs, min(len(pairs), 6))
     texts = [message["content"].strip() for message in row["messages"]]
     if name == "identity_bilingual":
         texts = [introduce(text) for text in texts]
@@ -206,6 +206,29 @@ def to_rounds(name: str, row: dict, rng: random.Random) -> list[tuple[str, str]]
     if name in SHORT and any(len(answer) > 200 or "```" in answer for _, answer in rounds):
         return []
     return rounds
+
+
+def next_lines(poem: str, rng: random.Random) -> list[tuple[str, str]]:
+    """A question for the next line of each line, and the answer."""
+    lines = re.findall(r"([^，。！？；、\s]+)([，。！？；\s]*)", poem)
+    pairs = [(a, b + end.strip()) for (a, _), (b, end) in zip(lines, lines[1:]) if len(a) > 3]
+    return [(rng.choice(NEXT_LINE).format(a), b) for a, b in pairs]
+
+
+def known_poems(rows: list[dict], rng: random.Random) -> Iterator[tuple[str, str]]:
+    """Questions for the lines and the whole of short poems, with their answers."""
+    for row in rows:
+        if row["author"] and len(row["text"]) <= 70:
+            for _ in range(KNOWN_POEMS):
+                yield from next_lines(row["text"], rng)
+            for _ in range(KNOWN_POEMS // 3):
+                yield rng.choice(RECITE).format(row["title"]), row["text"]
+
+
+def punctuated(query: str, rng: random.Random) -> str:
+    """A query, with or without what people end it with."""
+    ends = "。！" if any("\u4e00" <= c <= "\u9fff" for c in query) else ".!"
+    return query if query[-1] in "?？" or rng.random() < 0.5 else query.rstrip("。！.!") + rng.choice(["", *ends])
 
 
 def introduce(text: str) -> str:
@@ -241,11 +264,13 @@ def make_dialogues(corpora: dict[str, list], rng: random.Random) -> list[dict]:
             elif rounds:
                 dialogues.append(rounds)
     for topic in json.loads((ROOT / "training/small_talk.json").read_text(encoding="utf-8")):
-        short += [(query, rng.choice(topic["answers"])) for query in topic["queries"] for _ in range(SMALL_TALK)]
+        for query in topic["queries"]:
+            short += [(punctuated(query, rng), rng.choice(topic["answers"])) for _ in range(SMALL_TALK)]
     for queries, answer in DENIALS:
         short += [(q.format(other), answer.format(name=NAME)) for q in queries for other in OTHERS for _ in range(6)]
     for queries, subjects, answer in BEYOND:
         short += [(query.format(subject), answer) for query in queries for subject in subjects for _ in range(2)]
+    dialogues += [[round] for round in known_poems(corpora["poetry_zh"], rng)]
     rng.shuffle(short)
     for language in NAMES:
         dialogues += [introduction(language, short, rng) for _ in range(INTRODUCTIONS)]
