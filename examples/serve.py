@@ -202,7 +202,9 @@ class Generation(GenerationState):
         if use_cb:
             self._cb_manager = self._cb_manager or AllAtOnce(self._cb_config)
             return self._cb_manager
-        return self._generate_managers.setdefault(model_id, OneByOne())
+        if model_id not in self._generate_managers:
+            self._generate_managers[model_id] = OneByOne()  # which starts a thread
+        return self._generate_managers[model_id]
 
 
 # The library's server, for one model

@@ -205,6 +205,15 @@ def test_clients_that_hang_up(server, stream):
     assert server.ask("你好", max_tokens=3).usage.completion_tokens == 3
 
 
+def test_nothing_is_left_of_a_request(server):
+    """Threads and memory were, of each: a soak test found it."""
+    process = psutil.Process(server.process.pid)
+    before = process.num_threads()
+    for _ in range(5):
+        server.ask("你好", max_tokens=2)
+    assert process.num_threads() <= before
+
+
 # Bad input
 
 
