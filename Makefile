@@ -64,6 +64,10 @@ tiny: .venv/installed-training
 bench: .venv-bench/installed-bench
 	.venv-bench/bin/python -m benchmarks $(ARGS)
 
+# llama.cpp is compiled for the machine, but for AMX: on virtual machines its kernels for it end in a segmentation fault.
+NO_AMX = -mno-amx-tile -mno-amx-int8 -mno-amx-bf16
+export CMAKE_ARGS ?= $(if $(shell grep -s amx_tile /proc/cpuinfo),-DCMAKE_C_FLAGS="$(NO_AMX)" -DCMAKE_CXX_FLAGS="$(NO_AMX)")
+
 PIP = $(@D)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .venv/installed .venv-bench/installed .venv-others/installed: setup.cfg constraints.txt

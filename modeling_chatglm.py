@@ -576,6 +576,10 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
 
     def save_pretrained(self, *args, save_original_format: bool = False, **kwargs):
         """The library's method. Writes the published names and shapes, also if the checkpoint loaded had others."""
+        cls = type(self)
+        if cls.__module__.startswith("torch."):  # made by FSDP2, whose code would be saved as the model's
+            original = next(base for base in cls.__mro__ if base.__module__ == __name__)
+            cls.__module__, cls.__name__ = original.__module__, original.__name__
         return super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
 
 
