@@ -15,7 +15,13 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .quantization_kernels import CHUNK_ROWS, dequantize_weight, pack_int4, quantized_linear
+from .quantization_kernels import (
+    CHUNK_ROWS,
+    dequantize_weight,
+    pack_int4,
+    quantized_linear,
+    quantized_linear_backward,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -173,7 +179,7 @@ class QuantizedMatmul(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output: torch.Tensor):
         weight, scale = ctx.saved_tensors
-        return grad_output @ dequantize_weight(weight, scale, ctx.bits).to(grad_output.dtype), None, None, None
+        return quantized_linear_backward(grad_output, weight, scale, ctx.bits), None, None, None
 
 
 def new_parameter(tensor: torch.Tensor) -> nn.Parameter:

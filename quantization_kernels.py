@@ -31,6 +31,11 @@ except ImportError:
 logger = logging.get_logger(__name__)
 
 
+def is_traced(x: torch.Tensor) -> bool:
+    """Whether operations on it are recorded, by torch.compile or another, so that its data is not to be touched."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) not in (torch.Tensor, nn.Parameter)
+
+
 # The number formats
 
 
@@ -51,7 +56,15 @@ def dequantize_weight(weight: torch.Tensor, scale: torch.Tensor, bits: int) -> t
     Args:
         weight: int8 `[out, in]`, or packed `[out, in / 2]` if `bits` is 4.
         scale: One for each row, `[out]`, or for each group of columns, `[out, groups]`.
+
+    Raises:
+        ValueError: if there are too few or too many scales.
     """
+    columns = weight.shape[1] * 8 // bits
+    if len(scale) != len(weight) or (scale.ndim == 2 and columns % scale.shape[1]):
+        raise ValueError(f"Scales {list(scale.shape)} do not fit a weight {[len(weight), columns]}.")
+    if scale.dtype == torch.float32 and not is_traced(weight) and weight.device.type == "cpu" and cpu_library():
+        return cpu_dequantize(weight, scale, bits)
     quantized = (unpack_int4(weight) if bits == 4 else weight).to(scale.dtype)
     # In place: the memory of a second matrix would have to be mapped anew, which takes longer than the product.
     if scale.ndim == 1:
@@ -82,7 +95,11 @@ def chunked_linear(x: torch.Tensor, out_features: int, rows_as_float, bias: torc
     with torch.autocast("cpu", enabled=False):
         for start in range(0, out_features, CHUNK_ROWS):
             rows = slice(start, start + CHUNK_ROWS)
-            output[:, rows] = nn.functional.linear(x, rows_as_float(rows), None if bias is None else bias[rows].float())
+            part, weight = output[:, rows], rows_as_float(rows)
+            if bias is None and part.dtype == weight.dtype:
+                torch.mm(x, weight.T, out=part)  # a copy would take a tenth of the time
+            else:
+                part.copy_(nn.functional.linear(x, weight, None if bias is None else bias[rows].float()))
     return output
 
 
@@ -220,6 +237,28 @@ void unpack_row(const int8_t *weight, int64_t columns, int8_t *to) {
     for (int64_t i = 0; i < columns / 2; i++) {
       to[2 * i] = weight[i] >> 4;
       to[2 * i + 1] = (int8_t)((uint8_t)weight[i] << 4) >> 4;
+    }
+  }
+}
+
+// The weight in float32, to y.
+template <int bits>
+void dequantize(const Problem &p) {
+  const Scratch<int8_t> quantized_scratch(p.threads, p.in);
+  const Scratch<float> scale_scratch(p.threads, p.groups);
+#pragma omp parallel num_threads(p.threads)
+  {
+    int8_t *quantized = quantized_scratch.mine();
+    float *scale = scale_scratch.mine();
+#pragma omp for schedule(static)
+    for (int64_t n = 0; n < p.out; n++) {
+      unpack_row<bits>(p.weight + n * p.row_bytes(), p.in, quantized);
+      p.read_scales(n, scale);
+      for (int64_t g = 0; g < p.groups; g++) {
+        float *y = p.y + n * p.in;
+#pragma omp simd
+        for (int64_t k = g * p.group_size(); k < (g + 1) * p.group_size(); k++) y[k] = quantized[k] * scale[g];
+      }
     }
   }
 }
@@ -655,7 +694,7 @@ void linear(const Problem &p) {
 
 }  // namespace
 
-// Returns 0, or 1 if there is not enough memory. Groups are multiples of 32 columns; `in` is even for INT4.
+// Both return 0, or 1 if there is not enough memory. Groups are multiples of 32 columns; `in` is even for INT4.
 extern "C" int chatglm_linear(const float *x, const int8_t *weight, const void *scale, int scale_type, float *y,
                               int64_t rows, int64_t out, int64_t in, int64_t groups, int bits, int exact,
                               int threads) {
@@ -665,6 +704,17 @@ extern "C" int chatglm_linear(const float *x, const int8_t *weight, const void *
       bits == 4 ? exact_linear<4>(p) : exact_linear<8>(p);
     else
       bits == 4 ? linear<4>(p) : linear<8>(p);
+  } catch (const std::bad_alloc &) {
+    return 1;
+  }
+  return 0;
+}
+
+extern "C" int chatglm_dequantize(const int8_t *weight, const void *scale, int scale_type, float *y, int64_t out,
+                                  int64_t in, int64_t groups, int bits, int threads) {
+  const Problem p = {nullptr, weight, scale, scale_type, y, 0, out, in, groups, bits, threads};
+  try {
+    bits == 4 ? dequantize<4>(p) : dequantize<8>(p);
   } catch (const std::bad_alloc &) {
     return 1;
   }
@@ -768,6 +818,7 @@ def cpu_library() -> ctypes.CDLL | None:
         library = load_library(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "chatglm2"))
         pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
         library.chatglm_linear.argtypes = [pointer] * 3 + [number, pointer] + [size] * 4 + [number] * 3
+        library.chatglm_dequantize.argtypes = [pointer] * 2 + [number, pointer] + [size] * 3 + [number] * 2
         return library
     # RuntimeError: no home; ValueError: CXX with an open quotation; AttributeError: a library of something else
     except (OSError, RuntimeError, ValueError, AttributeError, Timeout) as error:
@@ -794,6 +845,20 @@ def cpu_linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits:
     if failed:
         raise MemoryError(f"Not enough memory to multiply {rows} rows. Pass fewer at a time (prefill_chunk_size).")
     return output.to(dtype)
+
+
+def cpu_dequantize(weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
+    """`dequantize_weight` by the compiled kernels, which write each number once."""
+    weight, scale = weight.contiguous(), scale.contiguous()
+    out, columns = weight.shape[0], weight.shape[1] * 8 // bits
+    output = torch.empty(out, columns)
+    failed = cpu_library().chatglm_dequantize(
+        weight.data_ptr(), scale.data_ptr(), SCALE_TYPES[scale.dtype], output.data_ptr(),
+        out, columns, scale.numel() // max(out, 1), bits, torch.get_num_threads(),
+    )  # fmt: skip
+    if failed:
+        raise MemoryError(f"Not enough memory to dequantize a weight of {out} rows.")
+    return output
 
 
 # Triton for GPUs
@@ -920,13 +985,27 @@ def quantized_linear(
     Raises:
         ValueError: if the shapes or dtypes do not fit.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) not in (torch.Tensor, nn.Parameter):
+    if is_traced(x):
         return quantized_linear_op(x, weight, scale, bits, exact)
     if weight.dtype != torch.int8 or x.shape[-1] * bits != 8 * weight.shape[1] or not x.is_floating_point():
         raise ValueError(
             f"Cannot multiply {x.dtype} {list(x.shape)} with a weight of {bits} bits in {weight.dtype} {list(weight.shape)}."
         )
     return multiply(x, weight, scale, bits, exact)
+
+
+def quantized_linear_backward(
+    grad_output: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int
+) -> torch.Tensor:
+    """The gradient of `quantized_linear` for x: `grad_output @ weight`, for grad_output `[..., out]`."""
+    if grad_output.dtype != torch.float32 or grad_output.device.type != "cpu" or is_traced(grad_output):
+        return grad_output @ dequantize_weight(weight, scale, bits).to(grad_output.dtype)
+    rows = grad_output.reshape(-1, weight.shape[0])
+    grad = rows.new_zeros(rows.shape[0], weight.shape[1] * 8 // bits)
+    for start in range(0, weight.shape[0], CHUNK_ROWS):
+        chunk = slice(start, start + CHUNK_ROWS)
+        grad.addmm_(rows[:, chunk], dequantize_weight(weight[chunk], scale[chunk].float(), bits))
+    return grad.view(*grad_output.shape[:-1], -1)
 
 
 def multiply(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int, exact: bool) -> torch.Tensor:

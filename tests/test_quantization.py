@@ -59,6 +59,8 @@ def test_packing(quantization):
     packed = quantization.pack_int4(values)
     assert packed.view(torch.uint8).tolist() == [[0x1E, 0x79]]  # the even column is in the high half
     assert torch.equal(quantization.dequantize_weight(packed, torch.ones(1), 4), values.float())
+    with pytest.raises(ValueError, match=r"Scales \[2\] do not fit a weight \[1, 4\]"):
+        quantization.dequantize_weight(packed, torch.ones(2), 4)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -261,8 +263,9 @@ def test_lora(checkpoint):
 @pytest.mark.parametrize("group_size", [None, 32])
 def test_gradient(quantization, group_size):
     """To the input, against the dequantized layer; activations are exact while there are gradients."""
-    quantized = quantization.QuantizedLinear(64, 8, 4, bias=True, group_size=group_size)
-    packed, scale = quantized.quantize(torch.randn(8, 64))
+    rows = 1100  # more than a chunk
+    quantized = quantization.QuantizedLinear(64, rows, 4, bias=True, group_size=group_size)
+    packed, scale = quantized.quantize(torch.randn(rows, 64))
     quantized.weight.data, quantized.weight_scale.data = packed, scale
     x = torch.randn(3, 64, requires_grad=True)
     output = quantized(x)
@@ -271,7 +274,7 @@ def test_gradient(quantization, group_size):
     expected = quantized.dequantize()(y)
     expected.square().sum().backward()
     torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(x.grad, y.grad, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(x.grad, y.grad, atol=1e-3, rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

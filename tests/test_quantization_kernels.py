@@ -87,6 +87,11 @@ def test_int8_activations(fresh, monkeypatch, cache, build):
         assert (error <= 1.001 * rounding_bound(x, exact) + 1e-5 * float_bound(x, exact)).all()
 
 
+def test_dequantize(kernels):
+    for bits, (_, weight, scale, exact) in all_cases(kernels):
+        assert torch.equal(kernels.dequantize_weight(weight, scale, bits), exact.float())
+
+
 def test_exact_activations(kernels):
     for bits, (x, weight, scale, exact) in all_cases(kernels):
         error = (kernels.quantized_linear(x, weight, scale, bits, exact=True).double() - x.double() @ exact.T).abs()
