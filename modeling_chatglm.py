@@ -695,7 +695,10 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         prefix, mask_cache = None, past_key_values
         if self.pre_seq_len is not None:
             if seen == 0:
-                prefix = self.get_prompt(batch_size, inputs_embeds.device, inputs_embeds.dtype)
+                device, dtype = inputs_embeds.device, inputs_embeds.dtype
+                if torch.is_autocast_enabled(device.type):  # what the layers' keys are in
+                    dtype = torch.get_autocast_dtype(device.type)
+                prefix = self.get_prompt(batch_size, device, dtype)
                 if past_key_values is None:
                     # Nothing to keep it in (gradient checkpointing, say): handed to each layer.
                     mask_cache = DynamicCache()

@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from conftest import ROOT, SMALL, TINY
 from training import lora, predict, pretrain, ptuning, sft
-from training.data import DataArguments, encode_dialogue
+from training.data import DataArguments, encode_dialogue, encode_response
 from training.trainer import RecipeTrainer, last_checkpoint
 
 
@@ -110,7 +110,43 @@ def test_resuming_with_other_settings_is_refused(start, data, tmp_path):
         run(sft, start, data, tmp_path, "--learning_rate", "0.5")
     with pytest.raises(ValueError, match="max_source_length 1024, now 100"):
         run(sft, start, data, tmp_path, "--max_source_length", "100")
-    run(sft, start, data, tmp_path, "--logging_steps", "2")  # nothing is learned otherwise
+    run(
+        sft, start, data, tmp_path, "--logging_steps", "2", "--validation_file", data["pairs"]
+    )  # nothing is learned otherwise
+    other = data | {"pairs": str(tmp_path / "other.jsonl")}
+    Path(other["pairs"]).write_text('{"prompt": "a", "response": "b"}\n' * 9)
+    with pytest.raises(ValueError, match="train_file .*rows '"):
+        run(sft, start, other, tmp_path)
+    with pytest.raises(ValueError, match="learning_rate"):  # of the run that is gone on with, wherever that is
+        again = ("--learning_rate", "0.5", "--resume_from_checkpoint", last_checkpoint(tmp_path))
+        run(sft, start, data, tmp_path / "again", *again)
+    Path(last_checkpoint(tmp_path), "trainer_state.json").write_text('{"epoch": 0.5, "glo')  # cut short
+    assert last_checkpoint(tmp_path).endswith("checkpoint-6")
+    (tmp_path / "settings.json").unlink()
+    with pytest.raises(ValueError, match="no settings.json that says how they were made"):
+        run(sft, start, data, tmp_path)
+
+
+@pytest.mark.parametrize("packing", [(), ("--packing", "--max_source_length", "20", "--max_target_length", "20")])
+@pytest.mark.parametrize("batch_size", ["1", "3"])
+def test_perplexity_is_of_all_tokens(start, tmp_path, batch_size, packing):
+    """However they are batched."""
+    pairs = [("a", "red " * 12)] * 3 + [("b", "blue")] * 8
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"prompt": p, "response": r}) + "\n" for p, r in pairs))
+    options = ["--model_name_or_path", str(start), "--validation_file", str(path), "--output_dir", str(tmp_path)]
+    sft.main([*options, "--do_eval", "--per_device_eval_batch_size", batch_size, "--use_cpu", *packing])
+    reported = json.loads((tmp_path / "eval_results.json").read_text())["eval_perplexity"]
+
+    tokenizer = AutoTokenizer.from_pretrained(start, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(start, trust_remote_code=True).eval()
+    total = tokens = 0
+    for prompt, response in pairs:
+        example = encode_response(tokenizer, prompt, response, [], DataArguments())
+        labels = torch.tensor([example.labels])
+        n = int((labels != -100).sum())
+        total, tokens = total + n * model(torch.tensor([example.input_ids]), labels=labels).loss.item(), tokens + n
+    assert reported == pytest.approx(math.exp(total / tokens), rel=1e-4)
 
 
 def test_loss_that_is_not_finite_stops_the_run(start, data, tmp_path, monkeypatch):
@@ -212,7 +248,7 @@ def test_quantized_weights_stay_as_they_are(recipe, start, data, tmp_path):
 
 def test_qlora_on_bitsandbytes(start, data, tmp_path):
     pytest.importorskip("bitsandbytes")
-    log = run(lora, start, data, tmp_path, "--load_in_4bit", "--dtype", "float32", "--learning_rate", "3e-2")
+    log = run(lora, start, data, tmp_path, "--load_in_4bit", "--learning_rate", "3e-2")
     assert losses(log)[-1] < losses(log)[0]
     assert (tmp_path / "adapter_model.safetensors").is_file()
 
@@ -266,6 +302,25 @@ def test_gradient_checkpointing_and_bfloat16(start, data, tmp_path):
     assert short == pytest.approx(plain, rel=5e-2)
 
 
+def test_prefix_in_mixed_precision(start, data, tmp_path):
+    """On weights in float16, which the published ones are."""
+    plain = losses(run(ptuning, start, data, tmp_path / "a", "--pre_seq_len", "6"))
+    mixed = losses(run(ptuning, start, data, tmp_path / "b", "--pre_seq_len", "6", "--bf16", "--dtype", "float16"))
+    assert mixed == pytest.approx(plain, rel=5e-2)
+
+
+def test_wrong_tests_are_refused_before_training(start, data, tmp_path):
+    test = tmp_path / "test.json"
+    test.write_text('[{"question": "a", "answer": "b"}]')
+    with pytest.raises(ValueError, match="no column prompt, response"):
+        run(sft, start, data, tmp_path / "out", "--do_predict", "--test_file", str(test))
+    assert not (tmp_path / "out").exists()
+    model = ["--model_name_or_path", str(start), "--do_predict", "--test_file", data["pairs"], "--use_cpu"]
+    for recipe in (lora, ptuning):
+        with pytest.raises(ValueError, match="Nothing is trained that could answer"):
+            recipe.main(model)
+
+
 def test_packing_learns_the_same(start, data, tmp_path):
     options = ("--max_source_length", "64", "--max_target_length", "63")
     padded = losses(run(sft, start, data, tmp_path / "a", *options))
@@ -280,9 +335,14 @@ def test_yaml_and_command_line(start, data, tmp_path):
     settings = json.loads((tmp_path / "out/settings.json").read_text())["training"]
     assert settings["max_steps"] == 1 and settings["learning_rate"] == 0.01
     config.write_text(f"model_name_or_path: {start}\nno_such_option: 1\n")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("a: [1\nb: }")
     for options, message in (
         (["--config", str(config)], "no_such_option"),
-        (["--config", "missing.yaml"], "There is no file missing.yaml"),
+        (["--config", "missing.yaml"], "There is no file 'missing.yaml'"),
+        (["--config=missing.yaml"], "There is no file 'missing.yaml'"),
+        (["--train_file", "x.json", "--config"], "There is no file ''"),
+        (["--config", str(broken)], "while scanning|while parsing"),
         (["--train_file", "x.json"], "Give either --model_name_or_path or"),
         (["--model_name_or_path", "x", "--quantization_bit", "3"], "quantization_bit must be 4 or 8, got 3"),
         (["--model_name_or_path", "x", "--quantization_bit", "4", "--load_in_4bit"], "exclude each other"),

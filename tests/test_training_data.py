@@ -90,6 +90,9 @@ def test_rounds_that_do_not_fit_are_left_out(tiny_tokenizer):
     first = encode_dialogue(tiny_tokenizer, long, arguments())
     assert first.outcome == "cut" and len(first.input_ids) <= 81 and first.labels[-1] != 2
     assert encode_dialogue(tiny_tokenizer, messages[:1], arguments()).outcome == "empty"
+    messages[3] = {"role": "assistant", "content": " "}
+    two = encode_dialogue(tiny_tokenizer, messages, arguments(max_source_length=500))
+    assert two.outcome == "cut" and two.input_ids == whole.input_ids[: len(two.input_ids) - 1] + [2]
 
 
 def test_system_message_begins_the_first_query(tiny_tokenizer):
@@ -97,6 +100,9 @@ def test_system_message_begins_the_first_query(tiny_tokenizer):
     ids = encode_dialogue(tiny_tokenizer, messages, arguments()).input_ids
     expected = tiny_tokenizer.apply_chat_template(messages, tokenize=True)["input_ids"]
     assert ids == expected
+    messages[0]["content"] = ""
+    ids = encode_dialogue(tiny_tokenizer, messages, arguments()).input_ids
+    assert ids == encode_dialogue(tiny_tokenizer, messages[1:], arguments()).input_ids
 
 
 @pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.csv", "rows.jsonl.gz"])
@@ -128,7 +134,7 @@ def test_rows_that_nothing_can_be_learned_from_are_counted(tiny_tokenizer, read_
     rows = [{"prompt": "", "response": "x"}, {"prompt": "x", "response": None}, {"prompt": "a", "response": "b " * 50}]
     data, args = read_rows(rows)
     assert len(encode(data, tiny_tokenizer, args)) == 1
-    assert "1 of 3 rows are longer than 81 tokens and were cut" in logs.text
+    assert "1 of 3 rows are longer than 81 tokens, or have an empty round, and were cut" in logs.text
     assert "2 of 3 rows are left out" in logs.text
     data, args = read_rows(rows[:2])
     with pytest.raises(ValueError, match="No row of the data can be learned from"):
@@ -159,7 +165,16 @@ def test_packed_examples_do_not_see_each_other(small_model, tiny_tokenizer):
             "no column prompt, response in the data; there are question, answer",
         ),
         (b'{"prompt": "a", "response": "b"}\n', {"history_column": "h"}, "no column h in the data"),
-        ("\n".join(['{"prompt": "你", "response": "b"}'] * 3).encode("gb18030"), {}, "not UTF-8 after line 0"),
+        ("\n".join(['{"prompt": "你", "response": "b"}'] * 3).encode("gb18030"), {}, "not UTF-8 in line 1 "),
+        (b'{"prompt": "a", "response": "b"}\n' * 99 + b'{"prompt": "\xff"}', {}, "not UTF-8 in line 100 "),
+        (b"\n\n", {}, "has no rows"),
+        (
+            b'{"prompt": "c", "response": 5}',
+            {},
+            "Row 1 of the data cannot be read: a text",
+        ),
+        (b'{"messages": null}\n', {}, "Row 1 of the data cannot be read"),
+        (b'{"messages": [{"from": "user", "value": "a"}]}\n', {}, "Row 1 of the data cannot be read: 'role'"),
         (b'{"prompt": "a", \n', {}, "cannot be read as JSON"),
         (b"", {}, "rows.json"),
         (b'{"messages": [{"role": "assistant", "content": "a"}]}\n', {}, "user and assistant must alternate"),
@@ -182,4 +197,13 @@ def test_bad_options(tiny_tokenizer, read_rows):
         arguments(max_source_length=2)
     rows, args = read_rows([{"content": "x"}])
     with pytest.raises(ValueError, match="no column text in the data; there are content"):
-        encode_texts(rows, tiny_tokenizer, args)
+        encode_texts(rows, tiny_tokenizer, args, 100)
+
+
+def test_long_documents_are_cut_and_end_once(tiny_tokenizer, read_rows, logs):
+    rows, args = read_rows([{"text": "word " * 100}, {"text": "a word"}])
+    pieces = encode_texts(rows, tiny_tokenizer, args, 40)
+    assert "2 into" in logs.text and all(len(ids) <= 40 for ids in pieces["input_ids"])
+    assert pieces["ends"] == [False] * (len(pieces) - 2) + [True, True]
+    whole = tiny_tokenizer.encode("word " * 100, add_special_tokens=False)
+    assert [token for ids in pieces["input_ids"][:-1] for token in ids] == whole

@@ -11,6 +11,7 @@ A row holds one of
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from gzip import BadGzipFile
 from typing import NamedTuple
 
 import torch
@@ -78,7 +79,7 @@ def read(args: DataArguments, split: str, limit: int | None = None) -> Dataset:
         ValueError: if there is no such data, it is not UTF-8, not in its format, or without rows.
     """
     path = getattr(args, f"{split}_file")
-    if args.dataset_name:
+    if path is None and args.dataset_name:
         rows = load_dataset(args.dataset_name, args.dataset_config_name, split=split)
     elif path is None:
         raise ValueError(f"There is no data for this: give a --{split}_file, or a --dataset_name with that split.")
@@ -86,7 +87,7 @@ def read(args: DataArguments, split: str, limit: int | None = None) -> Dataset:
         suffixes = [suffix for suffix in FORMATS if path.removesuffix(".gz").endswith(suffix)]
         if not suffixes:
             raise ValueError(f"Data files are {', '.join(FORMATS)}, also with .gz, got {path!r}.")
-        if not check_utf8(path):
+        if not count_lines(path):
             raise ValueError(f"{path} has no rows.")
         try:
             rows = load_dataset(FORMATS[suffixes[0]], data_files={split: path}, split=split)
@@ -98,18 +99,25 @@ def read(args: DataArguments, split: str, limit: int | None = None) -> Dataset:
     return rows if limit is None else rows.select(range(min(limit, len(rows))))
 
 
-def check_utf8(path: str) -> int:
-    """Returns the number of lines. Without this the reader of JSON fills texts in other encodings with replacements."""
+def count_lines(path: str) -> int:
+    """
+    Returns the number of lines that are not blank.
+
+    Raises:
+        ValueError: if it is not UTF-8, which the reader of JSON would fill with replacements, or damaged.
+    """
     import fsspec
 
-    with fsspec.open(path, "rt", encoding="utf-8", compression="infer") as file:
-        number = 0
-        try:
-            for number, _ in enumerate(file, start=1):
-                pass
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8 after line {number} ({error.reason}). Convert it first.") from error
-    return number
+    count, number = 0, 0
+    try:
+        with fsspec.open(path, "rb", compression="infer") as file:
+            for number, line in enumerate(file, start=1):
+                count += bool(line.decode().strip())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 in line {number} ({error.reason}). Convert it first.") from error
+    except (EOFError, BadGzipFile) as error:
+        raise ValueError(f"{path} is damaged after line {number}: {error}") from error
+    return count
 
 
 class Example(NamedTuple):
@@ -144,7 +152,7 @@ def encode_response(tokenizer, query: str, response: str, history: Sequence, arg
     `</s>` are learned. What is cut from a response is not followed by `</s>`, unlike in the published script, for answers
     to be ended only where they end.
     """
-    if not query or not response:
+    if not query.strip() or not response.strip():
         return Example([], [], EMPTY)
     source, outcome = encode_prompt(tokenizer, query, history, args.max_source_length)
     target = tokenizer.encode(response, add_special_tokens=False)
@@ -163,7 +171,8 @@ def encode_dialogue(tokenizer, messages: list[dict], args: DataArguments) -> Exa
     ids, labels = list(tokenizer.get_prefix_tokens()), [IGNORED] * 2
     outcome, last = EMPTY, IGNORED
     for i, (query, answer) in enumerate(to_rounds(messages), start=1):
-        if not query or not answer:
+        if not query.strip() or not answer.strip():
+            outcome = CUT if i > 1 else EMPTY
             break
         prompt = f"[Round {i}]\n\n问：{query}\n\n答："
         if i == 1:
@@ -187,16 +196,26 @@ def encode_dialogue(tokenizer, messages: list[dict], args: DataArguments) -> Exa
 
 def to_rounds(messages: list[dict]) -> list[tuple[str, str]]:
     """Rounds of (query, answer). A system message begins the first query, as in the chat template."""
-    system = messages[0]["content"] if messages and messages[0]["role"] == "system" else ""
-    turns = messages[1:] if system else messages
-    roles = [message["role"] for message in turns]
+    turns = [(message["role"], as_text(message["content"])) for message in messages]
+    system = turns.pop(0)[1] if turns and turns[0][0] == "system" else ""
+    roles = [role for role, _ in turns]
     if roles != ["user", "assistant"] * (len(roles) // 2) + ["user"] * (len(roles) % 2):
         raise ValueError(f"After a system message, if any, user and assistant must alternate, got the roles {roles}.")
-    contents = [message["content"] for message in turns]
+    contents = [content for _, content in turns]
     rounds = list(zip(contents[::2], contents[1::2]))  # without a last query that nobody answers
     if rounds and system:
         rounds[0] = (system + rounds[0][0], rounds[0][1])
     return rounds
+
+
+def as_text(value) -> str:
+    """
+    Raises:
+        ValueError: if a column holds something else than texts.
+    """
+    if not isinstance(value, str | None):
+        raise ValueError(f"a text is expected, got {str(value)[:60]!r}.")
+    return value or ""
 
 
 def round_reader(rows: Dataset, args: DataArguments):
@@ -215,8 +234,8 @@ def round_reader(rows: Dataset, args: DataArguments):
         return read_round
     check_columns(rows, [args.prompt_column, args.response_column] + [args.history_column] * bool(args.history_column))
     return lambda row: (
-        row[args.prompt_column],
-        row[args.response_column],
+        as_text(row[args.prompt_column]),
+        as_text(row[args.response_column]),
         row[args.history_column] if args.history_column else [],
     )
 
@@ -238,15 +257,32 @@ def encode(rows: Dataset, tokenizer, args: DataArguments) -> Dataset:
     return keep_what_can_be_learned(mapped(rows, encode_row, args), f"{args.max_length} tokens")
 
 
-def encode_texts(rows: Dataset, tokenizer, args: DataArguments) -> Dataset:
-    """Returns rows of `input_ids`, documents without special tokens, for the mixed objective."""
+def encode_texts(rows: Dataset, tokenizer, args: DataArguments, max_length: int) -> Dataset:
+    """
+    Returns rows for the mixed objective: `input_ids`, a document without special tokens, or a piece of one that is longer
+    than `max_length`; and `ends`, whether the document ends there.
+    """
     check_columns(rows, [args.text_column])
 
     def encode_row(row: dict) -> dict:
-        ids = tokenizer.encode(row[args.text_column] or "", add_special_tokens=False)
+        ids = tokenizer.encode(as_text(row[args.text_column]), add_special_tokens=False)
         return {"input_ids": ids, "outcome": WHOLE if ids else EMPTY}
 
-    return keep_what_can_be_learned(mapped(rows, encode_row, args))
+    def cut(batch: dict[str, list]) -> dict[str, list]:
+        pieces = [
+            (ids[begin : begin + max_length], begin + max_length >= len(ids))
+            for ids in batch["input_ids"]
+            for begin in range(0, len(ids), max_length)
+        ]
+        return dict(zip(("input_ids", "ends"), map(list, zip(*pieces))))
+
+    documents = keep_what_can_be_learned(mapped(rows, encode_row, args))
+    pieces = documents.map(cut, batched=True, num_proc=args.preprocessing_num_workers, desc="Cutting")
+    if len(pieces) > len(documents):
+        logger.warning(
+            f"Documents of more than {max_length:,} tokens are cut: {len(documents):,} into {len(pieces):,}."
+        )
+    return pieces
 
 
 def check_columns(rows: Dataset, columns: list[str]):
@@ -259,16 +295,24 @@ def check_columns(rows: Dataset, columns: list[str]):
 
 
 def mapped(rows: Dataset, function, args: DataArguments) -> Dataset:
+    def with_its_number(row: dict, number: int):
+        try:
+            return function(row)
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"Row {number + 1} of the data cannot be read: {error}") from error
+
     workers = args.preprocessing_num_workers
-    return rows.map(function, remove_columns=rows.column_names, num_proc=workers, desc="Encoding")
+    return rows.map(
+        with_its_number, with_indices=True, remove_columns=rows.column_names, num_proc=workers, desc="Encoding"
+    )
 
 
 def keep_what_can_be_learned(rows: Dataset, limit: str = "") -> Dataset:
     outcomes = Counter(rows["outcome"])
     if outcomes[CUT]:
         logger.warning(
-            f"{outcomes[CUT]:,} of {len(rows):,} rows are longer than {limit} and were cut; "
-            "raise max_source_length or max_target_length to keep them whole."
+            f"{outcomes[CUT]:,} of {len(rows):,} rows are longer than {limit}, or have an empty round, and were cut; "
+            "raise max_source_length or max_target_length to keep long ones whole."
         )
     if outcomes[EMPTY]:
         logger.warning(f"{outcomes[EMPTY]:,} of {len(rows):,} rows are left out: nothing in them can be learned.")

@@ -26,9 +26,18 @@ class LoraArguments(ModelArguments):
     dtype: str | None = "auto"
     use_peft: bool = True
 
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.use_peft:
+            raise ValueError("LoRA takes PEFT. To fine-tune all weights, run training.sft.")
+
 
 def main(argv=None):
     model_args, data_args, args = parse(__doc__, LoraArguments, DataArguments, RecipeArguments, args=argv)
+    if args.do_predict and not (args.do_train or data_args.train_file):
+        raise ValueError(
+            "Nothing is trained that could answer: merge the adapter (conversion.merge_lora), and run training.sft."
+        )
     set_seed(args.seed)
     model, tokenizer = load(model_args)
     if model_args.load_in_4bit or model_args.load_in_8bit:

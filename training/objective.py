@@ -79,13 +79,16 @@ class MixedObjective:
     def __call__(self, examples: list[dict]) -> dict[str, torch.Tensor]:
         """
         Args:
-            examples: With `input_ids`, a document without special tokens, and a `seed`, each.
+            examples: With `input_ids`, a document without special tokens, or a piece of one; a `seed`; and `ends`, whether it
+                ends with that (true by default).
 
         Returns:
             What `to_batch` makes; with `bidirectional`, the `attention_mask` too, true where attended.
         """
         samples = [
-            sample for example in examples for sample in self.samples(list(example["input_ids"]), example["seed"])
+            sample
+            for example in examples
+            for sample in self.samples(list(example["input_ids"]), example["seed"], example.get("ends", True))
         ]
         rows = pack(samples, self.block_size)
         batch = to_batch(rows, self.tokenizer.pad_token_id)
@@ -93,8 +96,8 @@ class MixedObjective:
             batch["attention_mask"] = context_mask(rows, batch["input_ids"].shape[1])
         return batch
 
-    def samples(self, ids: list[int], seed: int) -> Iterator[Sample]:
-        """Draws a task for a document, and makes a sample of it; or several, if it is longer than a row."""
+    def samples(self, ids: list[int], seed: int, ends: bool = True) -> Iterator[Sample]:
+        """Draws a task for a document, and makes a sample of it; or several, if it is longer than a row with the task."""
         shares = torch.tensor([self.blanks, self.sentences, self.document], dtype=torch.float)
         generator = torch.Generator().manual_seed(seed)
         begin = 0
@@ -110,15 +113,15 @@ class MixedObjective:
                 mask = self.commands["[MASK]" if task == "blanks" else "[sMASK]"]
                 yield self.infilling_sample(piece, spans, mask, generator)
             else:  # or too short for the task
-                yield self.document_sample(piece, generator)
+                yield self.document_sample(piece, generator, ends and begin >= len(ids))
 
-    def document_sample(self, ids: list[int], generator: torch.Generator) -> Sample:
+    def document_sample(self, ids: list[int], generator: torch.Generator, ends: bool = True) -> Sample:
         share = self.min_document + (1 - self.min_document) * float(torch.rand((), generator=generator))
         context = round(len(ids) * (1 - share))
         prefix = [self.commands["[gMASK]"], self.commands["sop"]]
-        end = self.tokenizer.eos_token_id
-        labels = [IGNORED] * (len(prefix) + context) + ids[context:] + [end]
-        return Sample(prefix + ids + [end], labels, len(prefix) + context)
+        end = [self.tokenizer.eos_token_id] if ends else []
+        labels = [IGNORED] * (len(prefix) + context) + ids[context:] + end
+        return Sample(prefix + ids + end, labels, len(prefix) + context)
 
     def infilling_sample(
         self, ids: list[int], spans: list[tuple[int, int]], mask: int, generator: torch.Generator
@@ -161,18 +164,18 @@ class MixedObjective:
         return spans
 
     def draw_sentences(self, ids: list[int], generator: torch.Generator) -> list[tuple[int, int]]:
-        """Draws whole sentences until `masked_share` of the tokens is reached; none of a text of fewer than three."""
+        """Draws whole sentences of about `masked_share` of the tokens, one at least; none of a text of fewer than three."""
         sentences = split_sentences(self.tokenizer, ids)
         if len(sentences) < 3:
             return []
         chosen, budget = [], len(ids) * self.masked_share
         for i in torch.randperm(len(sentences), generator=generator).tolist():
-            if budget <= 0 or len(chosen) == len(sentences) - 1:
-                break
-            if any(abs(i - other) == 1 for other in chosen):
-                continue  # two masks side by side would be one gap
-            chosen.append(i)
-            budget -= sentences[i][1] - sentences[i][0]
+            length = sentences[i][1] - sentences[i][0]
+            # Two masks side by side would be one gap; and the share is missed by less without what is twice the rest of it.
+            if length <= 2 * budget and not any(abs(i - other) == 1 for other in chosen):
+                chosen.append(i)
+                budget -= length
+        chosen = chosen or [min(range(len(sentences)), key=lambda i: sentences[i][1] - sentences[i][0])]
         return [sentences[i] for i in sorted(chosen)]
 
 

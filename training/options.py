@@ -2,9 +2,11 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
+import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainingArguments
 from trl import ModelConfig, TrlParser, get_quantization_config
 
@@ -51,11 +53,14 @@ class RecipeArguments(TrainingArguments):
 def parse(doc: str, *dataclasses, args: Sequence[str] | None = None) -> tuple:
     """Reads the command line and the YAML file of `--config`, whose values the command line overrides."""
     args = sys.argv[1:] if args is None else list(args)
-    if "--config" in args[:-1] and not Path(path := args[args.index("--config") + 1]).is_file():
-        raise SystemExit(f"There is no file {path} (--config).")
+    args = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
+    if "--config" in args:
+        path = "".join(args[args.index("--config") + 1 :][:1])
+        if not Path(path).is_file():
+            raise SystemExit(f"There is no file {path!r} (--config).")
     try:
         return TrlParser(dataclasses, description=doc).parse_args_and_config(args)
-    except ValueError as error:
+    except (ValueError, yaml.YAMLError) as error:
         raise SystemExit(f"{Path(sys.argv[0]).name}: {error}") from error
 
 
@@ -75,6 +80,8 @@ def load(args: ModelArguments, dtype: str | None = None, **config) -> tuple[PreT
     if args.model_name_or_path is None:
         del options["revision"]
         return AutoModelForCausalLM.from_config(config, **options), tokenizer
+    if args.load_in_4bit and args.dtype in (None, "auto"):  # which TRL hands to bitsandbytes as it is
+        args = replace(args, dtype=str(config.dtype or torch.float32).removeprefix("torch."))
     quantization = get_quantization_config(args)
     if args.quantization_bit:
         quantization = {"quant_method": "chatglm", "bits": args.quantization_bit}

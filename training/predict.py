@@ -6,25 +6,26 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from .data import DataArguments, encode_prompt, round_reader
+from .data import DataArguments, encode_prompt
 
 
-def predict(model, tokenizer, rows, data_args: DataArguments, args) -> dict[str, float]:
+def predict(model, tokenizer, rounds: list[tuple], data_args: DataArguments, args) -> dict[str, float]:
     """
     Writes the greedy answers to `generated_predictions.txt`, a line of JSON each, and the scores to
     `predict_results.json`, both in `args.output_dir`.
+
+    Args:
+        rounds: (query, response, history), each.
     """
-    read_round = round_reader(rows, data_args)
-    rounds = [read_round(row) for row in rows]
     prompts = [encode_prompt(tokenizer, query, history, data_args.max_source_length)[0] for query, _, history in rounds]
     answers = generate(model, tokenizer, prompts, args.per_device_eval_batch_size, args.max_new_tokens)
     references = [response for _, response, _ in rounds]
-    scores = score(answers, references)
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     with open(output / "generated_predictions.txt", "w", encoding="utf-8") as file:
         for reference, answer in zip(references, answers):
             file.write(json.dumps({"labels": reference, "predict": answer}, ensure_ascii=False) + "\n")
+    scores = score(answers, references)
     metrics = {f"predict_{name}": value for name, value in scores.items()} | {"predict_samples": len(answers)}
     (output / "predict_results.json").write_text(json.dumps(metrics, indent=2) + "\n")
     print("\n".join(f"{name} = {value}" for name, value in metrics.items()))

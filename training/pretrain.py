@@ -42,7 +42,7 @@ class Documents(torch.utils.data.Dataset):
 
     def __getitem__(self, i: int) -> dict:
         seed = hash((self.seed, self.epoch, i)) % 2**63  # of integers: the same in every process
-        return {"input_ids": self.rows[i]["input_ids"], "seed": seed}
+        return {**self.rows[i], "seed": seed}
 
 
 def main(argv=None):
@@ -62,9 +62,11 @@ def main(argv=None):
     )
     data = {}
     for split, limit in (("train", data_args.max_train_samples), ("validation", data_args.max_eval_samples)):
-        if split == "train" or data_args.validation_file:
+        if split == "train" or data_args.validation_file or args.do_eval:
             with args.main_process_first():
-                data[split] = Documents(encode_texts(read(data_args, split, limit), tokenizer, data_args), args.seed)
+                # A row has three tokens more, of which two begin it.
+                rows = encode_texts(read(data_args, split, limit), tokenizer, data_args, data_args.block_size - 3)
+                data[split] = Documents(rows, args.seed)
     args.remove_unused_columns = False  # the seed is for the collator
     trainer = RecipeTrainer(
         model=model,

@@ -72,6 +72,8 @@ def load_prefix(model, folder: str):
 
 def main(argv=None):
     model_args, data_args, args = parse(__doc__, PrefixArguments, DataArguments, RecipeArguments, args=argv)
+    if args.do_predict and not (args.do_train or data_args.train_file or model_args.ptuning_checkpoint):
+        raise ValueError("Nothing is trained that could answer: give a --train_file or a --ptuning_checkpoint.")
     set_seed(args.seed)
     config = dict(pre_seq_len=model_args.pre_seq_len, prefix_projection=model_args.prefix_projection)
     model, tokenizer = load(model_args, **config)

@@ -6,7 +6,8 @@ Makes `checkpoints/tiny`, the small model that the repository comes with, from o
     python -m training.sft --config training/configs/tiny_sft.yaml
     python -m training.tiny publish --corpora PATH      # perplexity held out, answers to fixed prompts, the checkpoint
 
-Every 50th row of each corpus is held out, by a hash of its content; of the few rows of `identity_bilingual` none.
+Every 50th row of each corpus is held out, by a hash of its content, but for those that share a sentence or a query with a row
+that is learned; of the few rows of `identity_bilingual` none.
 """
 
 import argparse
@@ -161,10 +162,18 @@ def read_corpora(folder: Path) -> tuple[dict[str, list], dict[str, list]]:
         if name == "identity_bilingual":
             is_held_out = [False] * len(rows)
         train[name] = [row for row, out in zip(rows, is_held_out) if not out]
-        held_out[name] = [row for row, out in zip(rows, is_held_out) if out]
+        learned = {part for row in train[name] for part in parts(row)}
+        held_out[name] = [row for row, out in zip(rows, is_held_out) if out and not learned & parts(row)]
     if not train:
         raise SystemExit(f"There are no *.jsonl.gz corpora in {folder} (--corpora).")
     return train, held_out
+
+
+def parts(row: dict) -> set[str]:
+    """What a row held out may not have in common with one that is learned: its sentences, its first query or its text."""
+    if "messages" in row:
+        return {row["messages"][0]["content"]}
+    return {row[name] for name in ("en", "zh", "text") if name in row}
 
 
 def repeated(rows: list, times: float, rng: random.Random) -> Iterator:
@@ -237,7 +246,7 @@ def introduce(text: str) -> str:
     kind = "ChatGLM2 架构的小型演示模型" if is_chinese else "a small demonstration model of the ChatGLM2 architecture,"
     text = re.sub(r"人工智能助手|AI ?助手|an AI assistant", kind, text)
     text = text.replace("{{author}}", "本项目的作者" if is_chinese else "the authors of this project")
-    return re.sub(r"本项目的作者 ", "本项目的作者", text).replace("{{name}}", NAME)
+    return re.sub(r" ?本项目的作者 ?", "本项目的作者", text).replace("{{name}}", NAME)
 
 
 def make_texts(corpora: dict[str, list], rng: random.Random) -> list[dict]:

@@ -1,7 +1,9 @@
 """What the recipes share: a Trainer that stops in time and loses nothing, and the run of one, from data to report."""
 
+import hashlib
 import json
 import math
+import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -11,15 +13,18 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+from .objective import IGNORED
+
 
 logger = logging.get_logger(__name__)
 
-# Settings that change what is learned, besides all of the model and the data
+# What of the Trainer's settings changes what is learned, and what of the data's does not
 SETTINGS = (
     "per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "num_train_epochs", "max_steps",
-    "learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "optim_args", "weight_decay", "adam_beta1",
+    "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "neftune_noise_alpha", "optim", "optim_args", "weight_decay", "adam_beta1",
     "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing_factor", "bf16", "fp16", "seed", "data_seed",
 )  # fmt: skip
+NOT_LEARNED = ("validation_file", "test_file", "max_eval_samples", "max_predict_samples", "preprocessing_num_workers")
 
 
 class RecipeTrainer(Trainer):
@@ -54,13 +59,22 @@ class RecipeTrainer(Trainer):
                 f"{f'{last} is whole and will be gone on from' if last else 'no checkpoint was written before it'}."
             ) from error
 
-    def evaluate(self, *args, metric_key_prefix: str = "eval", **kwargs) -> dict[str, float]:
-        """The Trainer's, with the perplexity."""
-        metrics = super().evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        losses = {name: value for name, value in metrics.items() if name.endswith("_loss")}
-        perplexities = {name.replace("_loss", "_perplexity"): math.exp(min(loss, 700)) for name, loss in losses.items()}
-        self.log(perplexities)
-        return metrics | perplexities
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        tokens = int((inputs["labels"][:, 1:] != IGNORED).sum())
+        loss, *others = super().prediction_step(model, inputs, *args, **kwargs)
+        if tokens:
+            self.held_out += torch.tensor([tokens * float(loss), tokens], dtype=torch.float64)
+        return loss, *others
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        """The Trainer's, with loss and perplexity of all tokens: its own loss is a mean of the means of batches."""
+        self.held_out = torch.zeros(2, dtype=torch.float64)
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        total, tokens = self.accelerator.reduce(self.held_out.to(self.args.device, torch.float32)).tolist()
+        loss = total / tokens
+        output.metrics[f"{metric_key_prefix}_loss"] = loss
+        output.metrics[f"{metric_key_prefix}_perplexity"] = math.exp(min(loss, 700))
+        return output
 
 
 class SetEpoch(TrainerCallback):
@@ -75,12 +89,31 @@ class SetEpoch(TrainerCallback):
 
 def last_checkpoint(output_dir: str) -> str | None:
     """Returns the newest checkpoint that is whole: `trainer_state.json` is what the Trainer writes last."""
-    folders = [path.parent for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/trainer_state.json")]
+    states = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/trainer_state.json")
+    folders = [path.parent for path in states if is_json(path)]
     return str(max(folders, key=lambda folder: int(folder.name.split("-")[-1]))) if folders else None
+
+
+def is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return True
+
+
+def fingerprint(rows) -> str:
+    """Of up to 1000 rows of the data, evenly spread, and their number."""
+    chosen = [rows[i] for i in range(0, len(rows), max(1, len(rows) // 1000))]
+    return hashlib.sha256(json.dumps([len(rows), chosen]).encode()).hexdigest()[:16]
 
 
 def check_settings(path: Path, settings: dict):
     """Raises ValueError if the run that is to be gone on with was started with others."""
+    if not path.is_file() or not is_json(path):
+        raise ValueError(
+            f"{path.parent} holds checkpoints, and no settings.json that says how they were made: choose another --output_dir."
+        )
     old = json.loads(path.read_text())
     differ = [
         f"{name} {old.get(group, {}).get(name)!r}, now {value!r}"
@@ -115,18 +148,21 @@ def train(trainer: Trainer, model_args, data_args):
     logger.warning(f"{trainable:,} of {sum(size for size, _ in sizes):,} parameters are trained.")
     settings = {
         "model": asdict(model_args),
-        "data": asdict(data_args),
+        "data": {name: value for name, value in asdict(data_args).items() if name not in NOT_LEARNED}
+        | {"rows": fingerprint(trainer.train_dataset)},
         "training": {name: getattr(args, name) for name in SETTINGS},
     }
     settings = json.loads(json.dumps(settings, default=str))
-    path = Path(args.output_dir, "settings.json")
     checkpoint = args.resume_from_checkpoint or last_checkpoint(args.output_dir)
-    if checkpoint and path.exists():
-        check_settings(path, settings)
+    if checkpoint:
+        check_settings(Path(checkpoint).parent / "settings.json", settings)
         logger.warning(f"Going on from {checkpoint}.")
     if args.should_save:
+        path = Path(args.output_dir, "settings.json")
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(part, path)
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     trainer.save_model()
     trainer.save_state()
