@@ -66,10 +66,16 @@ def run(app, listener: socket.socket, name: str, args: argparse.Namespace):
     uvicorn.Server(config).run(sockets=[listener])
 
 
-def error_response(status: int, message: str, headers: dict | None = None) -> JSONResponse:
+INTERNAL = "Internal error. The server's log says more."
+
+
+def error_body(status: int, message: str) -> dict:
     kind = "server_error" if status >= 500 else "invalid_request_error"
-    error = {"message": message, "type": kind, "param": None, "code": None}
-    return JSONResponse({"error": error}, status_code=status, headers=headers)
+    return {"error": {"message": message, "type": kind, "param": None, "code": None}}
+
+
+def error_response(status: int, message: str, headers: dict | None = None) -> JSONResponse:
+    return JSONResponse(error_body(status, message), status_code=status, headers=headers)
 
 
 def answer_errors(app: FastAPI):
@@ -81,11 +87,13 @@ def answer_errors(app: FastAPI):
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request, error: RequestValidationError):
+        if "json" not in request.headers.get("content-type", ""):
+            return error_response(415, "The body must be JSON, and say so: Content-Type: application/json.")
         return error_response(400, what_is_invalid(error.errors()))
 
     @app.exception_handler(Exception)  # Starlette raises it again for the server's log
     async def unexpected(request, error: Exception):
-        return error_response(500, "Internal error. The server's log says more.")
+        return error_response(500, INTERNAL)
 
 
 def what_is_invalid(errors: list[dict]) -> str:

@@ -12,11 +12,14 @@ all at once, on a paged cache. See docs/serving.md.
 import argparse
 import asyncio
 import copy
+import json
 import logging
 import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from fastapi import HTTPException
@@ -30,16 +33,31 @@ from transformers.cli.serving.server import build_server
 from transformers.cli.serving.utils import (
     CBGenerateManager,
     CBStreamer,
+    CBWorkerDeadError,
     GenerateManager,
     GenerationState,
     Modality,
     _StreamError,
 )
 
-from examples.http_guard import add_server_options, answer_errors, check_unicode, listen, run, what_is_invalid
+from examples.http_guard import (
+    INTERNAL,
+    add_server_options,
+    answer_errors,
+    check_unicode,
+    error_body,
+    error_response,
+    listen,
+    run,
+    what_is_invalid,
+)
 from examples.load_model import add_model_options, at_least, load_model
 
 
+logger = logging.getLogger(__name__)
+
+BLOCK = 256  # tokens: what the cache of continuous batching is divided into
+GREEDY_BELOW = 1e-3  # temperatures: divided by less, scores overflow, which would end the batch for all
 TOP_K = 50  # what `generate` has where nothing else is said, and so `chat`
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health")
 
@@ -48,7 +66,8 @@ PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health")
 
 
 Text = Annotated[str, check_unicode]
-Stop = Annotated[str, Field(min_length=1)]
+Stop = Annotated[str, Field(min_length=1, max_length=256)]
+Zero = Annotated[float, Field(ge=0, le=0)]
 
 
 class Part(BaseModel):
@@ -57,35 +76,52 @@ class Part(BaseModel):
 
 
 class Message(BaseModel):
-    role: Literal["system", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant"]
     content: Text | list[Part]
 
 
-class Sampling(BaseModel, extra="forbid"):
+class StreamOptions(BaseModel):
+    include_usage: bool | None = None
+
+
+class TextFormat(BaseModel):
+    type: Literal["text"]
+
+
+class Sampling(BaseModel, extra="forbid", strict=True):
     model: str | None = None
     stream: bool | None = None
+    stream_options: StreamOptions | None = None
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
     top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
     max_tokens: int | None = Field(None, ge=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: Stop | list[Stop] | None = None
-    n: Literal[1] | None = None
-    # Without effect, at the values that many clients send
-    frequency_penalty: Literal[0] | None = None
-    presence_penalty: Literal[0] | None = None
-    stream_options: dict[str, Any] | None = None
-    user: str | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
+    # Without effect, at the values that clients send who want nothing of them
+    n: Literal[1] | None = Field(None, exclude=True)
+    frequency_penalty: Zero | None = Field(None, exclude=True)
+    presence_penalty: Zero | None = Field(None, exclude=True)
+    logit_bias: dict | None = Field(None, max_length=0, exclude=True)
+    logprobs: Literal[False] | None = Field(None, exclude=True)
+    user: str | None = Field(None, exclude=True)
 
 
 class ChatRequest(Sampling):
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
-    tools: list[Any] | None = Field(None, max_length=0)
-    tool_choice: Literal["none", "auto"] | None = None
+    response_format: TextFormat | None = Field(None, exclude=True)
+    tools: list | None = Field(None, max_length=0, exclude=True)
+    tool_choice: Literal["none", "auto"] | None = Field(None, exclude=True)
+    parallel_tool_calls: bool | None = Field(None, exclude=True)
+    metadata: dict | None = Field(None, exclude=True)
+    store: Literal[False] | None = Field(None, exclude=True)
 
 
 class TextRequest(Sampling):
     prompt: Text
+    echo: Literal[False] | None = Field(None, exclude=True)
+    best_of: Literal[1] | None = Field(None, exclude=True)
+    suffix: Literal[""] | None = Field(None, exclude=True)
 
 
 # Generation
@@ -110,7 +146,10 @@ class UntilStop:
         return item
 
     def filter(self, item):
-        if not self.stops or isinstance(item, _StreamError):
+        if isinstance(item, _StreamError):
+            logger.error("A request failed: %s", item.msg)
+            return _StreamError(INTERNAL)
+        if not self.stops:
             return item
         if self.ended or item is None:
             text, self.held = self.held, ""
@@ -124,7 +163,7 @@ class UntilStop:
             self.streamer.cancel()
             self.queue.put_nowait(None)
             return text[: min(found)[0]]
-        length = max(n for stop in self.stops for n in range(len(stop)) if text.endswith(stop[:n]))
+        length = max(n for stop in self.stops for n in range(min(len(stop), len(text) + 1)) if text.endswith(stop[:n]))
         self.held = text[len(text) - length :]
         return text[: len(text) - length]
 
@@ -142,7 +181,7 @@ class Streaming:
         try:
             while (item := await queue.get()) is not None:
                 if isinstance(item, _StreamError):
-                    raise RuntimeError(item.msg)
+                    raise HTTPException(500, item.msg)
                 text += item
         finally:
             streamer.cancel()
@@ -164,6 +203,9 @@ class AllAtOnce(Streaming, CBGenerateManager):
     """The library's continuous batching, with temperature and top_p of each request rather than of the first."""
 
     def init_cb(self, model, gen_config):
+        if not self.is_alive():  # what fails for one request ends the library's loop; another begins
+            self.stop()
+            self._cb = None
         # Values other than these defaults, so that there is a processor for each
         config = copy.deepcopy(gen_config)
         config.update(do_sample=True, temperature=0.8, top_p=0.8, top_k=TOP_K)
@@ -198,6 +240,9 @@ class AllAtOnce(Streaming, CBGenerateManager):
 
 
 class Generation(GenerationState):
+    def is_cb_alive(self) -> bool:
+        return True  # it begins anew with the next request
+
     def get_manager(self, model_id: str, use_cb: bool = False):
         if use_cb:
             self._cb_manager = self._cb_manager or AllAtOnce(self._cb_config)
@@ -225,8 +270,27 @@ class OneModel(ModelManager):
     def get_gen_models(self, cache_dir=None) -> list[dict]:
         return [{"id": self.name, "object": "model", "created": self.created, "owned_by": "local"}]
 
+    def check(self, name: str):
+        if name != self.name:
+            raise HTTPException(404, f"The model {name!a} does not exist here; {self.name!a} does.")
+
     def get_model_modality(self, model, processor=None) -> Modality:
         return Modality.LLM
+
+
+async def as_openai_streams(events: AsyncIterator[str], include_usage: bool) -> AsyncIterator[str]:
+    """The library's events with usage, if it is asked for, in one of its own, errors as objects, and `[DONE]` at the end."""
+    async with aclosing(events):
+        async for text in events:
+            for event in text.split("\n\n")[:-1]:
+                chunk = json.loads(event.removeprefix("data: "))
+                if "error" in chunk:
+                    chunk = error_body(500, chunk["error"])
+                usage = chunk.pop("usage", None)
+                yield f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
+                if usage and include_usage:
+                    yield f"data: {json.dumps({**chunk, 'choices': [], 'usage': usage})}\n\n"
+    yield "data: [DONE]\n\n"
 
 
 class Checked:
@@ -236,30 +300,36 @@ class Checked:
 
     async def handle_request(self, body: dict, request_id: str):
         try:
+            request = self.request_class.model_validate(body)
+        except ValidationError as error:
+            raise HTTPException(400, what_is_invalid(error.errors())) from None
+        if request.seed is not None and self.generation_state._continuous_batching:
+            raise HTTPException(
+                400, "seed: has no meaning where requests are sampled together (--continuous-batching)."
+            )
+        body = request.model_dump(exclude_none=True)
+        for message in body.get("messages", []):
+            if message["role"] == "developer":  # what newer clients call the system
+                message["role"] = "system"
+        try:
             return await super().handle_request(body, request_id)
         except TemplateError as error:  # roles that do not alternate, say
             raise HTTPException(400, str(error)) from None
 
     def _validate_request(self, body: dict):
-        try:
-            self.request_class.model_validate(body)
-        except ValidationError as error:
-            raise HTTPException(400, what_is_invalid(error.errors())) from None
-        if body.get("seed") is not None and self.generation_state._continuous_batching:
-            raise HTTPException(
-                400, "seed: has no meaning where requests are sampled together (--continuous-batching)."
-            )
+        pass  # it is
 
     def _resolve_model(self, body: dict):
         manager = self.model_manager
-        if body.get("model") not in (None, manager.name):
-            raise HTTPException(404, f"The model {body['model']!a} does not exist here; {manager.name!a} does.")
+        manager.check(body.get("model", manager.name))
         return manager.name, manager.model, manager.processor
 
     def _build_generation_config(self, body: dict, model_generation_config, use_cb: bool = False):
         # Seed and stops are not the library's to handle: it seeds while others generate, and leaves the stop in the text.
         own = {name: body.get(name) for name in ("seed", "stop")}
         body = {name: value for name, value in body.items() if name not in own}
+        if body.get("temperature", 1) < GREEDY_BELOW:
+            body["temperature"] = 0
         config = super()._build_generation_config(body, model_generation_config, use_cb=use_cb)
         if body.get("max_completion_tokens") is None and body.get("max_tokens") is None:
             config.max_new_tokens = self.model_manager.max_tokens
@@ -267,21 +337,26 @@ class Checked:
             config.update(temperature=1.0, top_p=1.0)
         config.seed = own["seed"]
         config.stops = [own["stop"]] if isinstance(own["stop"], str) else own["stop"] or []
+        config.include_usage = body.get("stream_options", {}).get("include_usage", False)
         return config
 
     def _limit(self, model, inputs, config):
-        """The answer ends where the context does."""
+        """The answer ends where the context does, or the cache."""
         length = len(inputs["input_ids"]) if isinstance(inputs["input_ids"], list) else inputs["input_ids"].shape[-1]
-        room = model.config.seq_length - length
-        if room < 1:
+        limit, what = model.config.seq_length, "context"
+        if self.generation_state.cache_tokens < limit:
+            limit, what = self.generation_state.cache_tokens, "cache (--cache-tokens)"
+        if length >= limit:
             raise HTTPException(
-                400, f"The prompt is {length} tokens long; the context of {model.config.seq_length} has no room for it."
+                400, f"The prompt is {length} tokens long; the {what} of {limit} has no room for an answer."
             )
-        config.max_new_tokens = min(config.max_new_tokens, room, self.model_manager.max_tokens)
+        config.max_new_tokens = min(config.max_new_tokens, limit - length, self.model_manager.max_tokens)
 
     def _streaming(self, request_id, model, processor, model_id, inputs, gen_config, *args, **kwargs):
         self._limit(model, inputs, gen_config)
-        return super()._streaming(request_id, model, processor, model_id, inputs, gen_config, *args, **kwargs)
+        response = super()._streaming(request_id, model, processor, model_id, inputs, gen_config, *args, **kwargs)
+        response.body_iterator = as_openai_streams(response.body_iterator, gen_config.include_usage)
+        return response
 
     async def _non_streaming(self, request_id, model, processor, model_id, inputs, gen_config, *args, **kwargs):
         self._limit(model, inputs, gen_config)
@@ -298,18 +373,27 @@ class TextHandler(Checked, CompletionHandler):
 
 def build_app(name: str, model, tokenizer, max_tokens: int, cache_tokens: int | None, continuous_batching: bool):
     """Returns the FastAPI application."""
-    config = None
-    if cache_tokens is not None:
-        config = ContinuousBatchingConfig(num_blocks=-(-cache_tokens // 256), max_batch_tokens=512)
-    config = config or ContinuousBatchingConfig()
-    config.per_request_processors = True
+    blocks = {} if cache_tokens is None else {"num_blocks": -(-cache_tokens // BLOCK), "max_batch_tokens": 512}
+    config = ContinuousBatchingConfig(block_size=BLOCK, per_request_processors=True, **blocks)
     manager = OneModel(name, model, tokenizer, max_tokens)
     state = Generation(continuous_batching=continuous_batching, cb_config=config)
+    state.cache_tokens = blocks["num_blocks"] * BLOCK if blocks and continuous_batching else float("inf")
     chat, text = ChatHandler(manager, state), TextHandler(manager, state)
     app = build_server(manager, chat, text, None, None, None, state)
     # The others load models by name, with their code, or unload this one.
     app.router.routes[:] = [route for route in app.routes if route.path in PATHS]
+
+    @app.get("/v1/models/{name:path}")
+    def retrieve_model(name: str):
+        manager.check(name)
+        return manager.get_gen_models()[0]
+
     answer_errors(app)
+
+    @app.exception_handler(CBWorkerDeadError)
+    async def failed(request, error):
+        return error_response(503, INTERNAL)
+
     return app
 
 

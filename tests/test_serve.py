@@ -91,11 +91,14 @@ def answer():
 
 def text_of(stream) -> tuple[str, list]:
     chunks = list(stream)
-    return "".join(chunk.choices[0].delta.content or "" for chunk in chunks), chunks
+    return "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices), chunks
 
 
 def test_models(server):
     assert [model.id for model in server.client.models.list()] == ["tiny"]
+    assert server.client.models.retrieve("tiny").id == "tiny"
+    with pytest.raises(openai.NotFoundError, match="'no/model' does not exist here; 'tiny' does"):
+        server.client.models.retrieve("no/model")
 
 
 @pytest.mark.parametrize("query", ["你好", "Who are you?"])
@@ -109,8 +112,24 @@ def test_answers_are_those_of_chat(server, answer, query):
 def test_streaming(server, answer):
     text, chunks = text_of(server.ask("你好", stream=True, stream_options={"include_usage": True}))
     assert text.strip() == answer("你好") and len(chunks) > 5
-    assert chunks[-1].choices[0].finish_reason == "stop"
-    assert chunks[-1].usage == server.ask("你好").usage
+    assert chunks[-2].choices[0].finish_reason == "stop"
+    assert chunks[-1].usage == server.ask("你好").usage and not chunks[-1].choices
+    assert all(chunk.usage is None for chunk in text_of(server.ask("你好", stream=True))[1])
+
+
+@pytest.mark.parametrize(
+    "path, request_",
+    [("chat/completions", {"messages": [{"role": "user", "content": "你好"}]}), ("completions", {"prompt": "a"})],
+)
+def test_events(server, path, request_):
+    """What clients without a library read."""
+    connection = http.client.HTTPConnection(server.host, server.port, timeout=60)
+    connection.request("POST", f"/v1/{path}", json.dumps({**request_, "stream": True, "max_tokens": 5}), JSON)
+    answer = connection.getresponse()
+    assert answer.headers["Content-Type"].startswith("text/event-stream")
+    *events, end, rest = answer.read().decode().split("\n\n")
+    assert end == "data: [DONE]" and rest == "" and len(events) > 1
+    assert all(json.loads(event.removeprefix("data: "))["model"] == "tiny" for event in events)
 
 
 def test_rounds_and_system_message(server, answer):
@@ -123,6 +142,8 @@ def test_rounds_and_system_message(server, answer):
     ]
     said = server.ask(messages).choices[0].message.content.strip()
     assert said == answer(second, [("Be brief. " + first, "Hello.")])
+    messages[0]["role"] = "developer"
+    assert server.ask(messages).choices[0].message.content.strip() == said
 
 
 def test_limits_of_the_answer(server):
@@ -161,6 +182,33 @@ def test_sampling(server):
         assert answers[0] == answers[2] == answers[3] != answers[1]
     assert len({ask().content for _ in range(4)}) > 1
     assert ask(top_p=1e-6).content == ask(top_p=1e-6).content
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_least_temperature(server, answer, stream):
+    """Scores divided by it are infinite: it is greedy, and no end to the batch."""
+    completion = server.ask("你好", temperature=1e-300, stream=stream)
+    text = text_of(completion)[0] if stream else completion.choices[0].message.content
+    assert text.strip() == answer("你好")
+
+
+def test_values_without_effect(server):
+    """What clients send who want nothing of it."""
+    options = {
+        "n": 1,
+        "frequency_penalty": 0.0,
+        "presence_penalty": 0,
+        "logit_bias": {},
+        "logprobs": False,
+        "user": "x",
+    }
+    options |= {"response_format": {"type": "text"}, "parallel_tool_calls": True, "metadata": {}, "store": False}
+    assert server.ask("你好", max_tokens=3, **options).usage.completion_tokens == 3
+    nothing = dict.fromkeys([*options, "temperature", "top_p", "max_tokens", "seed", "stop", "stream", "tools"])
+    body = {"messages": [{"role": "user", "content": "hi"}], "max_completion_tokens": 2, **nothing}
+    assert server.post(json.dumps(body).encode())[0] == 200
+    body = {"prompt": "a", "max_tokens": 2, "echo": False, "best_of": 1, "suffix": None, "logprobs": None}
+    assert server.post(json.dumps(body).encode(), "/v1/completions")[0] == 200
 
 
 def test_64_requests_at_once(server, answer):
@@ -229,6 +277,11 @@ def test_nothing_is_left_of_a_request(server):
         ({"max_tokens": -5}, "max_tokens: "),
         ({"seed": 2**70}, "seed: "),
         ({"stop": ""}, "stop"),
+        ({"stop": "x" * 60_000}, "stop"),  # each piece of text is looked at for it
+        ({"stop": ["x"] * 100}, "stop"),
+        ({"max_tokens": True}, "max_tokens: "),
+        ({"logprobs": True}, "logprobs: "),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"n": 2}, "n: "),
         ({"messages": []}, "messages: "),
         ({"messages": [{"role": "user"}]}, "messages.0.content: "),
@@ -273,6 +326,12 @@ def test_malformed_bodies(server, body):
     assert status == 400 and answer["error"]["type"] == "invalid_request_error"
     assert "Traceback" not in str(answer) and ".py" not in str(answer)
     assert server.ask("你好", max_tokens=2).usage.completion_tokens == 2  # it lives on
+
+
+@pytest.mark.parametrize("kind", ["text/plain", ""])
+def test_other_content_types(server, kind):
+    status, answer = server.post(b'{"messages": [{"role": "user", "content": "hi"}]}', **{"Content-Type": kind})
+    assert status == 415 and "Content-Type: application/json" in answer["error"]["message"]
 
 
 def test_bodies_that_are_too_large(server):
@@ -342,17 +401,47 @@ def test_bad_options(monkeypatch, capsys):
     assert "--host no.such.host.invalid" in fails("--host", "no.such.host.invalid")
 
 
-def test_errors_inside_are_not_told(monkeypatch, small_model, tiny_tokenizer):
-    """A failure of the model is a 500 that says no more."""
+@pytest.mark.parametrize("batching", [False, True])
+def test_errors_inside_are_not_told(monkeypatch, tiny_tokenizer, caplog, batching):
+    """A failure of the model is an error that says no more, and the next request is answered."""
     from fastapi.testclient import TestClient
 
-    model = AutoModel.from_pretrained(TINY, trust_remote_code=True)
-    monkeypatch.setattr(model, "generate", lambda **kwargs: (_ for _ in ()).throw(RuntimeError("secret detail")))
-    app = serve.build_app("tiny", model, tiny_tokenizer, 10, 256, False)
-    client = TestClient(app, raise_server_exceptions=False)
-    answer = client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "hi"}]})
-    assert answer.status_code == 500 and "secret" not in answer.text and "error" in answer.json()
-    assert client.get("/health").status_code == 200
+    model = AutoModel.from_pretrained(TINY, trust_remote_code=True).float().eval()
+    app = serve.build_app("tiny", model, tiny_tokenizer, 10, 1024, batching)
+    body = {"messages": [{"role": "user", "content": "hi"}], "temperature": 0}
+    with TestClient(app, raise_server_exceptions=False) as client:
+        for stream in (False, True):
+            with monkeypatch.context() as patch:
+                patch.setattr(model.transformer.encoder, "forward", lambda *args, **kw: 1 / 0)
+                answer = client.post("/v1/chat/completions", json={**body, "stream": stream})
+            if stream:
+                *_, error, done, _ = answer.text.split("\n\n")
+                assert done == "data: [DONE]"
+                error = json.loads(error.removeprefix("data: "))
+            else:
+                assert answer.status_code == 500
+                error = answer.json()
+            assert error["error"]["message"] == serve.INTERNAL and error["error"]["type"] == "server_error"
+            assert "division" not in answer.text and "division" in caplog.text
+            assert client.get("/health").status_code == 200
+            assert client.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]["content"]
+
+
+def test_prompts_longer_than_the_cache(tiny_tokenizer):
+    from fastapi.testclient import TestClient
+
+    model = AutoModel.from_pretrained(TINY, trust_remote_code=True).float().eval()
+    app = serve.build_app("tiny", model, tiny_tokenizer, 2000, 300, True)  # two blocks
+    with TestClient(app) as client:
+
+        def ask(words: int):
+            messages = [{"role": "user", "content": "word " * words}]
+            return client.post("/v1/chat/completions", json={"messages": messages, "temperature": 2, "stop": "no such"})
+
+        answer = ask(600)
+        assert answer.status_code == 400 and "the cache (--cache-tokens) of 512 has no room" in answer.text
+        assert ask(480).json()["usage"]["total_tokens"] <= 512
+        assert ask(3).status_code == 200
 
 
 class TestUntilStop:
