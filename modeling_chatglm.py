@@ -49,6 +49,7 @@ logger = logging.get_logger(__name__)
 # How many tokens of a long prompt `generate` encodes at a time, unless its `prefill_chunk_size` says otherwise. In the 6B
 # shape 1,024 keep 0.7 GB of intermediate results in float32, and are as fast as more.
 PREFILL_CHUNK_SIZE = 1024
+LEAST_TEMPERATURE = 1e-3  # divided by less, scores overflow in half precision: what is lower is greedy
 CONTEXT_REMEDY = (
     "Shorten the input, or extend the context with rope_parameters (yarn or linear with seq_length, or dynamic)."
 )
@@ -1308,7 +1309,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             history (`list[tuple[str, str]]`): Earlier rounds, (query, response); with a list of queries, one for each.
                 The oldest rounds that do not fit into the context are left out, with a warning.
             max_length (`int`): Limit of prompt and answer together, in tokens. `max_new_tokens` limits the answer.
-            do_sample, top_p, temperature, num_beams: How to choose tokens. Temperature 0 is greedy.
+            do_sample, top_p, temperature, num_beams: How to choose tokens. Temperatures below 0.001 are greedy.
             logits_processor (`LogitsProcessorList`): Applied before sampling; left as it is.
             past_key_values (`Cache`): What the last round returned. The part of it that still holds is reused,
                 whatever has become of the history meanwhile.
@@ -1436,7 +1437,9 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             # What the caller left at its default is the generation_config's to say.
             defaults = dict(max_length=8192, num_beams=1, do_sample=True, top_p=0.8, temperature=0.8)
             options = {name: value for name, value in options.items() if value != defaults[name]}
-        elif not options["do_sample"] or options["temperature"] == 0:
+        elif not options["do_sample"] or (
+            options["temperature"] is not None and options["temperature"] < LEAST_TEMPERATURE
+        ):
             options.update(do_sample=False, top_p=1.0, temperature=1.0)
         if logits_processor is not None:
             options["logits_processor"] = LogitsProcessorList(logits_processor)

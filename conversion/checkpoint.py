@@ -41,6 +41,8 @@ def plain_errors():
         yield
     except (ValueError, OSError) as error:
         raise SystemExit(f"{Path(sys.argv[0]).stem}: {error}") from error
+    except ImportError as error:
+        raise SystemExit(f"{Path(sys.argv[0]).stem}: {error}. pip install -e '.[conversion]'") from error
 
 
 # Reading
@@ -68,7 +70,7 @@ class Checkpoint:
             raise ValueError(f"{folder} holds a model of type {model_type!r}, not a ChatGLM2.{hint}")
         try:
             self.config = product("configuration_chatglm.ChatGLMConfig").from_pretrained(folder)
-        except StrictDataclassError as error:
+        except (StrictDataclassError, AttributeError, TypeError) as error:
             raise ValueError(f"{folder / 'config.json'}: {error}") from error
         model = meta_model(self.config)
         self.quantized = quantized_layers(model)
@@ -125,11 +127,14 @@ def check_folder(folder: Path) -> Path:
 
 def read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: that is no checkpoint folder, or an incomplete one.") from None
     except ValueError as error:
         raise ValueError(f"{path} is no JSON ({error}). Download it again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}. Download it again.")
+    return content
 
 
 def is_language_model(config) -> bool:
@@ -139,8 +144,12 @@ def is_language_model(config) -> bool:
 def meta_model(config):
     """Returns the model that `config` describes, without data."""
     name = "ChatGLMForConditionalGeneration" if is_language_model(config) else config.architectures[0]
+    try:
+        model_class = product(f"modeling_chatglm.{name}")
+    except AttributeError:
+        raise ValueError(f"config.json names the architecture {name!r}, which this package does not have.") from None
     with torch.device("meta"):
-        return product(f"modeling_chatglm.{name}")(config)
+        return model_class(config)
 
 
 def quantized_layers(model) -> dict[str, torch.nn.Module]:
@@ -148,6 +157,8 @@ def quantized_layers(model) -> dict[str, torch.nn.Module]:
     options = getattr(model.config, "quantization_config", None)
     if not options:
         return {}
+    if not isinstance(options, dict):
+        raise ValueError(f"quantization_config in config.json must be an object, got {options!r}.")
     if options.get("quant_method") != "chatglm":
         raise ValueError(
             f"The weights are quantized by {options.get('quant_method')!r}: convert the checkpoint that they were made from."

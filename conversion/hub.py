@@ -14,12 +14,15 @@ import argparse
 import configparser
 import importlib.metadata
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import yaml
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
 from packaging.requirements import Requirement
@@ -78,11 +81,31 @@ def assemble(weights: Path, output: Path, repository: str | None = None):
                 f"{pattern} filter=lfs diff=lfs merge=lfs -text\n" for pattern in ("*.safetensors", "*.bin", "*.model")
             )
         )
-        card = weights / "README.md"
-        card = ModelCard.load(card) if card.exists() else None
+        card = load_card(weights / "README.md")
         if card is None or not card.data.license:  # as the published one, which is of older code
             card = new_card(checkpoint, repository or output.name)
         card.save(folder / "README.md")
+        copy_linked(card.text, weights, folder)
+
+
+def load_card(path: Path) -> ModelCard | None:
+    try:
+        return ModelCard.load(path) if path.exists() else None
+    except yaml.YAMLError as error:
+        raise ValueError(
+            f"The header of {path} is not YAML: {error}. Mend it, or remove the file for a new one."
+        ) from error
+
+
+def copy_linked(text: str, source: Path, folder: Path):
+    """Copies the files that a card shows or links to, and says which are not there."""
+    for name in re.findall(r"\]\(([^)\s#:]+)\)", text):
+        path = source / name
+        if not path.resolve().is_relative_to(source.resolve()) or not path.is_file():
+            print(f"README.md links to {name}, which is not in {source}.", file=sys.stderr)
+        elif not (folder / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, folder / name)
 
 
 def link(source: Path, target: Path):
@@ -195,6 +218,10 @@ def push(folder: Path, repository: str) -> str:
         ).commit_url
     except HfHubHTTPError as error:
         raise ValueError(f"{repository}: {error}. Is it yours, and are you logged in (hf auth login)?") from error
+    except Exception as error:  # of the HTTP library, which is another from one release of huggingface_hub to the next
+        raise ValueError(
+            f"{repository}: the Hub cannot be reached ({error}). Nothing is lost: push the folder again."
+        ) from error
 
 
 def main(argv=None):

@@ -12,18 +12,29 @@ import argparse
 from pathlib import Path
 
 from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError
 
 from .checkpoint import Checkpoint, check_folder, meta_model, new_folder, plain_errors, write_package, write_weights
+
+
+ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def convert(adapter: Path, output: Path, model: Path | None = None):
     if not (check_folder(adapter) / "adapter_config.json").exists():
         raise ValueError(f"{adapter} has no adapter_config.json: give the folder that PEFT saved adapters to.")
-    config = PeftConfig.from_pretrained(adapter)
+    if not any((adapter / name).exists() for name in ADAPTERS):
+        raise ValueError(f"{adapter} has no {' or '.join(ADAPTERS)}: the adapters themselves are missing.")
+    try:
+        config = PeftConfig.from_pretrained(adapter)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{adapter / 'adapter_config.json'} cannot be read by this PEFT: {error!r}") from error
     if config.is_prompt_learning:
         raise ValueError(
             f"{adapter} holds a {config.peft_type.value}, which is no change of weights and cannot be merged."
         )
+    if model is None and not config.base_model_name_or_path:
+        raise ValueError(f"{adapter} does not say what model it is for: give it with --model.")
     model = model or Path(config.base_model_name_or_path)
     checkpoint = Checkpoint(model)
     with new_folder(output) as folder:
@@ -36,7 +47,7 @@ def convert(adapter: Path, output: Path, model: Path | None = None):
             base = base.dequantize()
         try:
             merged = PeftModel.from_pretrained(base, adapter).merge_and_unload(progressbar=True, safe_merge=True)
-        except RuntimeError as error:  # torch's, of shapes
+        except (RuntimeError, SafetensorError) as error:  # torch's, of shapes, or of a damaged file
             raise ValueError(f"{adapter} does not fit {model}: {error}") from error
         write_weights(folder, merged.state_dict().items())
 

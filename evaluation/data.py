@@ -13,7 +13,9 @@ The questions: from a folder, or from the Hub. Whatever their format, a row come
 
 import csv
 import json
+import re
 from collections.abc import Iterable
+from gzip import BadGzipFile
 from pathlib import Path
 
 from datasets import Dataset, load_dataset
@@ -26,7 +28,7 @@ LETTERS = "ABCD"
 
 
 def load(
-    suite: str, subject: str | None = None, data: str | None = None, file: str | None = None
+    suite: str, subject: str | None = None, data: str | None = None, file: str | None = None, protocol: str = "chat"
 ) -> dict[str, Dataset]:
     """
     Returns the rows of a suite's subject: `test`, and `dev` for the examples of MMLU and C-Eval.
@@ -34,6 +36,7 @@ def load(
     Args:
         data: The folder; the Hub if None.
         file: For gsm8k_zh and perplexity, a file instead of either.
+        protocol: What is asked for: a base model's prompts are not made of the texts for the chat model.
 
     Raises:
         FileNotFoundError: if a file is missing.
@@ -45,6 +48,11 @@ def load(
         splits = {"dev": "dev", "test": "test" if suite == "mmlu" else "val"}
         rows = {name: choices(suite, subject, split, folder) for name, split in splits.items()}
         check_count(f"{suite} {subject}", rows["test"], SUBJECTS[suite][subject]["questions"])
+        if protocol == "base" and rows["test"][0]["query"]:
+            raise ValueError(
+                f"{folder}/ceval holds the published script's texts, which are for the chat model: give C-Eval's own CSV files for "
+                "--protocol base."
+            )
     elif suite == "gsm8k":
         rows = {"test": gsm8k(folder)}
         check_count(suite, rows["test"], GSM8K_QUESTIONS)
@@ -55,6 +63,8 @@ def load(
         check_count(f"{suite} {subject}", rows["test"], SUBJECTS[suite][subject]["questions"])
     else:
         rows = {"test": [{"text": text(subject, folder, file)}]}
+    if not rows["test"]:
+        raise ValueError(f"{file or folder} holds no question of {suite}.")
     return {name: Dataset.from_list(split) for name, split in rows.items() if split}
 
 
@@ -75,19 +85,21 @@ def choices(suite: str, subject: str, split: str, folder: Path | None) -> list[d
     return [to_choice(row, f"{where}, question {i}") for i, row in enumerate(rows, start=1)]
 
 
+ANSWERS = {str(name): i for i, letter in enumerate(LETTERS) for name in (letter, letter.lower(), i)}
+
+
 def to_choice(row: dict, where: str) -> dict:
     answer = row.get("answer", row.get("label"))
-    number = LETTERS.find(answer.strip().upper()) if isinstance(answer, str) and not answer.isdigit() else int(answer)
-    if number not in range(4) or answer == "":
+    number = ANSWERS.get(str(answer).strip())
+    if number is None:
         raise ValueError(f"{where}: the answer is {answer!r}, and must be one of A, B, C, D or 0 to 3. Mend the file.")
+    if "inputs_pretokenized" in row:
+        return {"question": "", "choices": [], "answer": number, "query": row["inputs_pretokenized"]}
     options = row.get("choices") or [row.get(f"choice{i}", row.get(letter)) for i, letter in enumerate(LETTERS)]
-    question = row.get("question", "")
-    return {
-        "question": question.strip(),
-        "choices": [str(option) for option in options],
-        "answer": number,
-        "query": row.get("inputs_pretokenized", ""),
-    }
+    texts = [row["question"].strip(), *map(str, options)]
+    if len(texts) != 5 or not all(text.strip() for text in texts):
+        raise ValueError(f"{where}: the question or one of its four choices is empty. Mend the file.")
+    return {"question": texts[0], "choices": texts[1:], "answer": number, "query": ""}
 
 
 def read_choices(path: Path) -> list[dict]:
@@ -133,7 +145,7 @@ def gsm8k_zh(folder: Path | None, file: str | None) -> list[dict]:
         rows = from_hub("juletxara/mgsm", "zh", "test")
         return [{"question": row["question"], "target": str(row["answer_number"])} for row in rows]
     path = Path(file) if file else folder / "mgsm/mgsm_zh.tsv"
-    if path.suffix != ".tsv":
+    if ".tsv" not in path.suffixes:
         rows = read_jsonl(path, ["question", "answer"])
         return [worked(row, f"{path}, question {i}") for i, row in enumerate(rows, start=1)]
     with open_text(path) as lines:
@@ -148,7 +160,7 @@ def gsm8k_zh(folder: Path | None, file: str | None) -> list[dict]:
 
 def worked(row: dict, where: str) -> dict:
     target = str(row["answer"]).split("####")[-1].strip()
-    if not target.replace(",", "").lstrip("-").replace(".", "", 1).isdigit():
+    if not re.fullmatch(r"-?[0-9,]*[0-9](\.[0-9]+)?", target) or not isinstance(row["question"], str):
         raise ValueError(
             f"{where}: the answer ends in {target!r}, and must end in a number, after #### if it is worked out."
         )
@@ -164,6 +176,10 @@ def bbh(task: str, folder: Path | None) -> list[dict]:
             rows, where = parse(file.read(), path).get("examples", []), str(path)
     for row in rows:
         check_columns(row, ["input", "target"], where)
+        if not all(isinstance(row[column], str) and row[column].strip() for column in ("input", "target")):
+            raise ValueError(
+                f"{where}: input and target must be texts, got {row['input']!r:.60} and {row['target']!r:.60}."
+            )
     return [{"input": row["input"], "target": row["target"]} for row in rows]
 
 
@@ -187,7 +203,7 @@ def text(name: str, folder: Path | None, file: str | None) -> str:
         )
     path = Path(file)
     if ".jsonl" in path.suffixes:
-        content = "\n".join(row["text"] for row in read_jsonl(path, ["text"]))
+        content = "\n".join(row["text"] or "" for row in read_jsonl(path, ["text"]))
     else:
         with open_text(path) as lines:
             content = lines.read()
@@ -226,6 +242,8 @@ def open_text(path: Path):
                 pass
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}). Convert it first.") from error
+    except (EOFError, BadGzipFile) as error:
+        raise ValueError(f"{path} is damaged: {error}. Download it again.") from error
     return fsspec.open(str(path), "rt", **options).open()
 
 
@@ -248,6 +266,8 @@ def parse(content: str, where) -> dict:
 
 
 def check_columns(row: dict, columns: list[str], where: str):
+    if not isinstance(row, dict):
+        raise ValueError(f"{where} must hold objects with {', '.join(columns)}, got {type(row).__name__}.")
     missing = [column for column in columns if column not in row]
     if missing:
         raise ValueError(

@@ -38,6 +38,8 @@ class EvaluatedModel(HFLM):
     def __init__(self, model, tokenizer, batch_size: int = 16, progress: Callable[[int], None] = lambda n: None):
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, backend="causal")
         self.progress = progress
+        # A P-Tuning prefix is put in by the first forward: there is nothing to share before it, or to go on from.
+        self.has_prefix = getattr(model.config, "pre_seq_len", None) is not None
 
     def count_tokens(self, text: str) -> int:
         return len(self.tok_encode(text))
@@ -196,7 +198,7 @@ class EvaluatedModel(HFLM):
             room = limit - max(ids.shape[1] - begins[i] for i in left)
             output = self.model.generate(
                 ids, attention_mask=mask, past_key_values=cache, do_sample=False, pad_token_id=pad, eos_token_id=eos,
-                max_new_tokens=min(STEPS, room), return_dict_in_generate=True,
+                max_new_tokens=room if self.has_prefix else min(STEPS, room), return_dict_in_generate=True,
             )  # fmt: skip
             ids, cache = output.sequences, output.past_key_values
             generated = [row[begins[i] :] for i, row in zip(left, ids.tolist())]
@@ -230,7 +232,7 @@ class EvaluatedModel(HFLM):
         """
         rows = sorted(rows, key=lambda row: (-len(row), row))
         prefix = common_prefix(rows, room)
-        if len(rows) == 1 or len(prefix) < LEAST_PREFIX:
+        if len(rows) == 1 or len(prefix) < LEAST_PREFIX or self.has_prefix:
             prefix = ()
         start = 0
         shared = None

@@ -33,6 +33,8 @@ SUITES = {
     "perplexity": ["wikitext2", "ceval"],
 }
 CHOICES = ("mmlu", "ceval")
+# What the next question begins with, after which a base model writes on
+NEXT_QUESTION = {"gsm8k": "Q:", "gsm8k_zh": "问题：", "bbh": "Q:"}
 PROTOCOLS = ("chat", "base")
 
 
@@ -54,9 +56,14 @@ def build(suite: str, subject: str | None, protocol: str, data: str | None = Non
         config = read_yaml(HARNESS / "gsm8k/gsm8k-cot.yaml")
     name = f"{suite}_{protocol}" if suite in CHOICES else suite
     config = {**config, **read_yaml(FOLDER / f"{name}.yaml"), "task": task_name(suite, subject)}
+    if suite in NEXT_QUESTION:
+        # A chat model ends its answers itself, and may have blank lines in them.
+        next_question = NEXT_QUESTION[suite]
+        until = [f"\n\n{next_question}"] if protocol == "chat" else [f"\n{next_question}", "\n\n"]
+        config["generation_kwargs"] = {**config["generation_kwargs"], "until": until}
     if subject == "sports_understanding":  # as published, where its examples go on in the same line
         config |= {"doc_to_text": "Q: {{input}}\nA: Let's think step by step.", "target_delimiter": " "}
-    config["metadata"] = {"suite": suite, "subject": subject, "data": data, "file": file}
+    config["metadata"] = {"suite": suite, "subject": subject, "data": data, "file": file, "protocol": protocol}
     if suite in CHOICES:
         subject_name = SUBJECTS[suite][subject]["name"]
         for key in ("doc_to_text", "description"):

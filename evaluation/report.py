@@ -97,8 +97,14 @@ def suite_section(suite: str, evaluations: list[tuple[str, list[dict]]]) -> list
     for model, figures in PUBLISHED["models"].items():
         if suite in figures:
             values = [f"{value:.2f}" for value in figures[suite]]
-            rows.append([f"{model}, published", "", *values, *[""] * (len(columns) - len(values))])
+            split = ("", " (test set)")[suite == "ceval" and model not in PUBLISHED["validation_set"]]
+            rows.append([f"{model}, published{split}", "", *values, *[""] * (len(columns) - len(values))])
     lines = [f"## {TITLES[suite]}", "", table(["", "questions", *columns], rows), ""]
+    if suite == "ceval":
+        lines += [
+            "Measured on the validation set, as the answers to the test set are not public; its authors found them close.",
+            "",
+        ]
     for label, results in evaluations:
         shots = Counter()
         for result in results:

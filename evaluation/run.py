@@ -23,7 +23,8 @@ from pathlib import Path
 import torch
 from lm_eval import evaluate
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import WEIGHTS_NAME
 
 from . import answers
 from .model import EvaluatedModel
@@ -49,6 +50,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--protocol", choices=PROTOCOLS, default="chat", help="of a chat model (default) or a base model"
     )
     parser.add_argument("--quantization", choices=list(BITS), help="the weights in the published INT4 or INT8")
+    parser.add_argument("--ptuning_checkpoint", metavar="DIR", help="a folder with a P-Tuning prefix for the model")
     parser.add_argument("--limit", type=int, help="the first questions of each subject only")
     parser.add_argument("--data", help="a folder with the data sets; the Hub by default")
     parser.add_argument("--gsm8k_zh", metavar="FILE", help="GSM8K in Chinese: .tsv as MGSM's, or .jsonl as GSM8K's")
@@ -70,9 +72,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(
             f"there is no folder {args.data}: give that of the data sets with --data, or leave it out to use the Hub"
         )
-    for name in ("gsm8k_zh", "text"):
-        if getattr(args, name) and not Path(getattr(args, name)).is_file():
-            parser.error(f"--{name}: there is no file {getattr(args, name)}")
+    prefix = args.ptuning_checkpoint and str(Path(args.ptuning_checkpoint, WEIGHTS_NAME))
+    for name, path in (("gsm8k_zh", args.gsm8k_zh), ("text", args.text), ("ptuning_checkpoint", prefix)):
+        if path and not Path(path).is_file():
+            parser.error(f"--{name}: there is no file {path}")
+    if args.output.exists() and not args.output.is_dir():
+        parser.error(f"--output: {args.output} is a file, and a folder is needed")
+    if Path(args.model).is_dir():
+        args.model = os.path.relpath(args.model)  # however it is written, the same when a run goes on
+    elif args.model.startswith((".", "/")) or args.model.count("/") > 1:
+        parser.error(f"--model: there is no folder {args.model}, and a name on the Hub is OWNER/NAME")
     return args
 
 
@@ -108,11 +117,22 @@ def fingerprint(model: str) -> list:
 
 def settings_of(args: argparse.Namespace) -> dict:
     """What the results depend on, in JSON's types. More suites may be added to a folder."""
-    names = ("model", "protocol", "quantization", "limit", "data", "gsm8k_zh", "text", "dtype", "device")
+    names = (
+        "model",
+        "ptuning_checkpoint",
+        "protocol",
+        "quantization",
+        "limit",
+        "data",
+        "gsm8k_zh",
+        "text",
+        "dtype",
+        "device",
+    )
     settings = {name: getattr(args, name) for name in names}
     return {
         **settings,
-        "weights": fingerprint(args.model),
+        "weights": fingerprint(args.model) + (fingerprint(args.ptuning_checkpoint) if args.ptuning_checkpoint else []),
         "lm_eval": version("lm_eval"),
         "transformers": version("transformers"),
     }
@@ -124,7 +144,7 @@ def check_settings(path: Path, settings: dict):
         ValueError: if the folder holds results of other settings.
     """
     if not path.exists():
-        if path.parent.exists() and any(path.parent.iterdir()):
+        if path.parent.exists() and any(other.suffix != ".part" for other in path.parent.iterdir()):
             raise ValueError(f"{path.parent} is not empty, and not an evaluation's: choose another --output.")
         return
     old = json.loads(path.read_text(encoding="utf-8"))
@@ -150,7 +170,24 @@ def load_model(args: argparse.Namespace):
     options = {}
     if args.quantization:
         options["quantization_config"] = {"quant_method": "chatglm", "bits": BITS[args.quantization]}
-    model = AutoModelForCausalLM.from_pretrained(args.model, trust_remote_code=True, dtype=dtype, **options)
+    if args.ptuning_checkpoint:
+        prefix = AutoConfig.from_pretrained(args.ptuning_checkpoint, trust_remote_code=True)
+        options |= {"pre_seq_len": prefix.pre_seq_len, "prefix_projection": prefix.prefix_projection}
+    model, loaded = AutoModelForCausalLM.from_pretrained(
+        args.model, trust_remote_code=True, dtype=dtype, output_loading_info=True, **options
+    )
+    missing = [name for name in loaded["missing_keys"] if not (args.ptuning_checkpoint and "prefix_encoder" in name)]
+    if missing:
+        raise ValueError(
+            f"{args.model} lacks {len(missing)} weights ({missing[0]}, say), which would be random. If it holds a P-Tuning prefix "
+            "alone, give it as --ptuning_checkpoint, and the model that it was trained for as --model."
+        )
+    if args.ptuning_checkpoint:
+        saved = torch.load(Path(args.ptuning_checkpoint, WEIGHTS_NAME), map_location="cpu", weights_only=True)
+        begin = "transformer.prefix_encoder."
+        model.transformer.prefix_encoder.load_state_dict(
+            {k.removeprefix(begin): v for k, v in saved.items() if begin in k}
+        )
     return model.to(args.device).eval(), tokenizer
 
 
@@ -222,11 +259,11 @@ def main(argv: list[str] | None = None):
     tasks = build_tasks(args)
     finished = {task.task_name for task in tasks if (args.output / "tasks" / f"{task.task_name}.json").exists()}
     left = [task for task in tasks if task.task_name not in finished]
-    write_json(path, {**settings, "name": args.name or Path(args.model).resolve().name})
     if finished:
         print(f"{len(finished)} of {len(tasks)} tasks are finished in {args.output}.", file=sys.stderr)
     if left:
         lm = EvaluatedModel(*load_model(args), args.batch_size)
+        write_json(path, {**settings, "name": args.name or Path(args.model).resolve().name})
         total = sum(requests_of(task, lm, args.limit) for task in left)
         with tqdm(total=total, unit="request", smoothing=0.05) as bar:
             lm.progress = bar.update
@@ -240,5 +277,5 @@ def main(argv: list[str] | None = None):
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, FileNotFoundError, MemoryError) as error:
+    except (ValueError, OSError, MemoryError) as error:
         raise SystemExit(str(error)) from error

@@ -14,10 +14,10 @@ import datetime
 from contextlib import aclosing
 from typing import Annotated
 
-from fastapi import FastAPI, HTTPException
-from pydantic import BaseModel, Field
+from fastapi import FastAPI, HTTPException, Request
+from pydantic import BaseModel, Field, ValidationError
 
-from examples.http_guard import add_server_options, answer_errors, check_unicode, listen, run
+from examples.http_guard import add_server_options, answer_errors, check_unicode, listen, run, what_is_invalid
 from examples.load_model import add_model_options, iterate_in_threads, load_model
 
 
@@ -41,8 +41,15 @@ def build_app(model, tokenizer) -> FastAPI:
     answer_errors(app)
     one_at_a_time = asyncio.Semaphore(1)
 
-    @app.post("/")
-    async def create_item(question: Question) -> Answer:
+    # As published, whatever the Content-Type says.
+    body = {"required": True, "content": {"application/json": {"schema": Question.model_json_schema()}}}
+
+    @app.post("/", openapi_extra={"requestBody": body})
+    async def create_item(request: Request) -> Answer:
+        try:
+            question = Question.model_validate_json(await request.body())
+        except ValidationError as error:
+            raise HTTPException(400, what_is_invalid(error.errors())) from None
         # What is null is as if it were not there.
         options = Question(prompt="-").model_dump(include={"max_length", "top_p", "temperature"})
         options |= question.model_dump(include=set(options), exclude_none=True)

@@ -135,11 +135,15 @@ def main():
     parser.add_argument(
         "--max-length", type=at_least(1, number=int), default=8192, help="tokens of dialogue and answer; default: 8192"
     )
-    parser.add_argument("--seed", type=int, help="the same seed gives the same answers")
+    parser.add_argument(
+        "--seed", type=at_least(0, maximum=2**63 - 1, number=int), help="the same seed gives the same answers"
+    )
     args = parser.parse_args()
 
     if sys.stdin is not None and hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")  # what is not UTF-8 becomes �, rather than the end
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # where answers cannot be written, on old Windows
     if args.seed is not None:
         torch.manual_seed(args.seed)
     model, tokenizer = load_model(args)
@@ -158,4 +162,8 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except BrokenPipeError:  # whoever read the answers has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None

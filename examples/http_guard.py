@@ -102,8 +102,9 @@ def what_is_invalid(errors: list[dict]) -> str:
     for error in errors[:3]:
         where = ".".join(str(part) for part in error["loc"] if part != "body") or "The request's body"
         got = "" if isinstance(error["input"], (dict, list)) else f", got {str(error['input'])[:60]!a}"
+        is_json = error["type"] == "json_invalid"
         reason = (error.get("ctx") or {}).get("error", "")
-        lines.append(f"{where}: {error['msg']}{f' ({reason})' if error['type'] == 'json_invalid' else got}")
+        lines.append(f"{where}: {error['msg']}{f' ({reason})' if is_json and reason not in error['msg'] else '' if is_json else got}")
     return "; ".join(lines)
 
 

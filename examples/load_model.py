@@ -4,8 +4,10 @@ import argparse
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging
 
@@ -54,6 +56,8 @@ def load_model(args: argparse.Namespace):
             f"--model {args.model}: no model there. Give a folder with config.json, or a Hub id (owner/name)."
         )
     device = default_device() if args.device is None else args.device
+    if device == "meta":
+        raise SystemExit("--device meta: there is no memory on it to compute with.")
     if device != "auto":
         try:
             torch.empty(0, device=device)
@@ -62,6 +66,10 @@ def load_model(args: argparse.Namespace):
                 f"--device {device}: {str(error).splitlines()[0]} Use --device cpu, or a build of PyTorch for the device."
             ) from None
     dtype = args.dtype or ("float32" if device == "cpu" else "auto")  # CPUs compute slowly in float16
+    if path.is_dir() and not (path / "tokenizer.model").is_file():
+        raise SystemExit(
+            f"--model {args.model}: tokenizer.model is missing. Copy it there: it is published beside the weights."
+        )
     options = {}
     if args.quantization:
         options["quantization_config"] = {"quant_method": "chatglm", "bits": int(args.quantization.removeprefix("int"))}
@@ -70,7 +78,7 @@ def load_model(args: argparse.Namespace):
         model = AutoModel.from_pretrained(
             args.model, trust_remote_code=True, device_map=device, dtype=dtype, **options
         ).eval()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
         raise SystemExit(f"--model {args.model}: {' '.join(str(error).split())}") from None
     if not hasattr(model, "stream_chat"):
         raise SystemExit(f"--model {args.model}: a model of type {model.config.model_type}, not ChatGLM2 (chatglm).")

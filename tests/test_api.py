@@ -32,11 +32,11 @@ def post(model, tokenizer):
     """Posts JSON or bytes, and returns the response."""
     app = http_guard.Guard(api.build_app(model, tokenizer), max_body=1 << 20)
 
-    async def send(body, path="/"):
+    async def send(body, path="/", kind="application/json"):
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://test", timeout=60) as client:
             content = body if isinstance(body, bytes) else json.dumps(body).encode()
-            return await client.post(path, content=content, headers={"Content-Type": "application/json"})
+            return await client.post(path, content=content, headers={"Content-Type": kind})
 
     return lambda body, **options: asyncio.run(send(body, **options))
 
@@ -79,9 +79,9 @@ def test_defaults_are_the_first_partys(post, model, monkeypatch):
         ({"prompt": "hi", "history": [["one"]]}, "history"),
         ({"prompt": "word " * 3000}, "Shorten it"),
         (b"{", "JSON"),
-        (b"", "required"),
-        (b'{"prompt": "\xff"}', "parsing"),
-        (b'{"prompt": "\\ud800"}', "prompt: "),
+        (b"", "JSON"),
+        (b'{"prompt": "\xff"}', "JSON"),
+        (b'{"prompt": "\\ud800"}', "JSON"),
         (b'{"prompt": "hi", "temperature": Infinity}', "temperature: "),
         (b"[" * 100_000, ""),
     ],
@@ -91,6 +91,12 @@ def test_bad_input(post, body, message):
     response = post(body)
     assert response.status_code == 400 and message in response.json()["error"]["message"]
     assert "Traceback" not in response.text
+
+
+def test_any_content_type(post):
+    """As the first party's, which reads the body whatever its type."""
+    for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
+        assert post({"prompt": "hi"}, kind=kind).status_code == 200
 
 
 def test_other_statuses(post):

@@ -374,11 +374,25 @@ def test_merge_lora_bad_input(adapter, small_model, write_checkpoint, tmp_path):
     small = write_checkpoint(tmp_path / "small", SMALL, small_model().state_dict())
     prefix = get_peft_model(small_model(), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
     prefix.save_pretrained(tmp_path / "prefix")
+
+    def changed(name: str, weights: bytes | None = b"", **config) -> Path:
+        other = tmp_path / name
+        other.mkdir()
+        old = json.loads((folder / "adapter_config.json").read_text())
+        (other / "adapter_config.json").write_text(json.dumps({**old, **config}))
+        if weights is not None:
+            (other / "adapter_model.safetensors").write_bytes(weights)
+        return other
+
     for arguments, message in (
         (["--adapter", str(TINY)], "has no adapter_config.json"),
         (["--adapter", str(folder), "--model", str(small)], f"{folder} does not fit"),
         (["--adapter", str(tmp_path / "prefix"), "--model", str(small)], "PREFIX_TUNING.*cannot be merged"),
         (["--adapter", str(folder), "--model", "nowhere"], "There is no folder nowhere"),
+        (["--adapter", str(changed("no base", base_model_name_or_path=None))], "does not say what model it is for"),
+        (["--adapter", str(changed("odd", peft_type="FOO"))], "cannot be read by this PEFT"),
+        (["--adapter", str(changed("empty", weights=None))], "the adapters themselves are missing"),
+        (["--adapter", str(changed("cut", weights=b"{")), "--model", str(TINY)], "does not fit"),
     ):
         with pytest.raises(SystemExit, match=message):
             merge_lora.main(["--output", str(tmp_path / "out"), *arguments])
@@ -416,6 +430,14 @@ def spoiled(write_checkpoint, model, folder: Path, how: str) -> Path:
         (folder / "config.json").write_text("{")
     elif how == "config is wrong":
         (folder / "config.json").write_text('{"num_layers": 0}')
+    elif how == "config is a list":
+        (folder / "config.json").write_text("[1]")
+    elif how == "quantization is no object":
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "quantization_config": "x"}))
+    elif how == "unknown class":
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "architectures": ["FooForSequenceClassification"]}))
     elif how == "another architecture":
         (folder / "config.json").write_text('{"model_type": "llama"}')
     elif how == "quantized by others":
@@ -438,6 +460,9 @@ SPOILED = {
     "no config": "config.json is missing",
     "config is no JSON": "is no JSON",
     "config is wrong": "num_layers must be at least 1",
+    "config is a list": "must hold a JSON object, got list",
+    "quantization is no object": "config.json",
+    "unknown class": "'FooForSequenceClassification', which this package does not have",
     "another architecture": "type 'llama', not a ChatGLM2",
     "quantized by others": "quantized by 'gptq'",
     "no tokenizer": "no tokenizer.model",

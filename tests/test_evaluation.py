@@ -22,6 +22,7 @@ pytest.importorskip("lm_eval", reason="the extra evaluation is not installed")
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import postprocess_generated_text
 from transformers import AutoModel, AutoTokenizer
 
 from conftest import ROOT, TINY
@@ -102,7 +103,9 @@ class Oracle(LM):
         return [(0.0 if r.args[1].strip() == "ABCD"[n] else -9.0, False) for r, n in zip(requests, likeliest)]
 
     def generate_until(self, requests):
-        return [self.answer(request.doc) for request in requests]
+        answers = [self.answer(request.doc) for request in requests]
+        until = requests[0].args[1]["until"]
+        return [postprocess_generated_text(answer, stop=until, think_end_token=None) for answer in answers]
 
     def answer(self, doc):
         target = doc.get("target")
@@ -128,7 +131,17 @@ def test_right_answers_score_all_and_wrong_ones_nothing(folder, suite, mode):
 
 
 @pytest.mark.parametrize(
-    "say", ["#### {}", "答案是 {}。", "**{}**", r"\boxed{{{}}}", "2 + 2 = 4. The answer is ${}.00", "{} eggs"]
+    "say",
+    [
+        "#### {}",
+        "Let's solve this step by step:\n\n1. 3 - 1 = 2\n\nThe answer is {}.",
+        "根据问题：有3个苹果。\n\n答案是{}。",
+        "答案是 {}。",
+        "**{}**",
+        r"\boxed{{{}}}",
+        "2 + 2 = 4. The answer is ${}.00",
+        "{} eggs",
+    ],
 )
 def test_answers_in_odd_formats_score(folder, say):
     assert run.run_task(build("gsm8k", None, "chat", str(folder)), Oracle(True, say), limit=20)["correct"] == 20
@@ -256,6 +269,36 @@ def test_same_results_as_the_plain_harness(folder, tiny, suite, subject, mode):
     assert results[0] == results[1]
 
 
+@pytest.mark.parametrize("suite, mode", [("gsm8k", "chat"), ("mmlu", "base")])
+def test_prefix_of_ptuning(folder, tmp_path, tiny, suite, mode, capsys):
+    """As the recipe saves it, beside its model; alone, it is no model."""
+    model, tokenizer = tiny
+    prefix = AutoModel.from_pretrained(TINY, trust_remote_code=True, pre_seq_len=16).float().eval()
+    torch.nn.init.normal_(prefix.transformer.prefix_encoder.embedding.weight)
+    state = {k: v for k, v in prefix.state_dict().items() if "prefix_encoder" in k}
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    prefix.config.save_pretrained(tmp_path)
+    options = command(folder, tmp_path / "out", "--suite", suite, "--protocol", mode, "--limit", 3)
+    loaded, _ = run.load_model(run.parse_args([*options, "--ptuning_checkpoint", str(tmp_path)]))
+    results = []
+    for lm in (
+        EvaluatedModel(loaded, tokenizer, batch_size=2),
+        HFLM(pretrained=prefix, tokenizer=tokenizer, batch_size=1),
+    ):
+        task = build(suite, SOME[suite][0], mode, str(folder))
+        if task.config.generation_kwargs:
+            task.config.generation_kwargs["max_gen_toks"] = 40
+        results.append(run.run_task(task, lm, limit=3)["answers"])
+    assert results[0] == results[1]
+    for path in TINY.glob("*.py"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "tokenizer.model").write_bytes((TINY / "tokenizer.model").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_bytes((TINY / "tokenizer_config.json").read_bytes())
+    options[1] = str(tmp_path)
+    with pytest.raises(ValueError, match="lacks .* weights .*give it as --ptuning_checkpoint"):
+        run.load_model(run.parse_args(options))
+
+
 def test_likelihoods_equal_those_of_the_plain_harness(tiny):
     long = "Once upon a time there was a little dog who lived in a small house near the sea and the hills. "
     pairs = [
@@ -352,6 +395,9 @@ LAW, GSM8K, NAVIGATE = "ceval/val/law_val.csv", "gsm8k/test.jsonl", "bbh/navigat
         ("ceval", "law", LAW, lambda b: None, FileNotFoundError, "law_val.csv is missing. Complete the folder"),
         ("ceval", "law", LAW, lambda b: b"", ValueError, "law_val.csv is empty"),
         ("ceval", "law", LAW, lambda b: b.replace(b",A\r", b",E\r", 1), ValueError, "question 1: the answer is 'E', and must be"),
+        ("ceval", "law", LAW, lambda b: b.replace(b",A\r", b",AB\r", 1), ValueError, "question 1: the answer is 'AB'"),
+        ("ceval", "law", LAW, lambda b: b.replace(b",A\r", ",²\r".encode(), 1), ValueError, "question 1: the answer is '²'"),
+        ("ceval", "law", LAW, lambda b: b.replace("丁".encode(), b" ", 1), ValueError, "one of its four choices is empty"),
         ("ceval", "law", LAW, lambda b: b.replace(b",A\r", b",\r", 1), ValueError, "question 1: the answer is ''"),
         ("ceval", "law", LAW, lambda b: b.replace(b"question", b"Question"), ValueError, "has the columns id, Question, A"),
         ("ceval", "law", LAW, lambda b: b.replace(b",answer", b",explanation"), ValueError, "has no column answer"),
@@ -360,15 +406,33 @@ LAW, GSM8K, NAVIGATE = "ceval/val/law_val.csv", "gsm8k/test.jsonl", "bbh/navigat
         ("ceval", "law", LAW, lambda b: b.decode().encode("gb18030"), ValueError, "is not UTF-8"),
         ("gsm8k", None, GSM8K, lambda b: b.replace(b"#### 1,000", b"#### many", 1), ValueError, "question 1: the answer ends in 'many'"),
         ("gsm8k", None, GSM8K, lambda b: b.replace(b'"answer"', b'"reply"', 1), ValueError, "row 1 has no answer; there are"),
+        ("gsm8k", None, GSM8K, lambda b: b.replace(b"#### 1,000", b"#### --5", 1), ValueError, "question 1: the answer ends in '--5'"),
         ("gsm8k", None, GSM8K, lambda b: b[:-5], ValueError, "line 1319 is not JSON"),
         ("bbh", "navigate", NAVIGATE, lambda b: b.replace(b'"target"', b'"label"'), ValueError, "has no target; there are input"),
         ("bbh", "navigate", NAVIGATE, lambda b: b"[]", ValueError, "must be a JSON object, got list"),
+        ("bbh", "navigate", NAVIGATE, lambda b: b'{"examples": ["a"]}', ValueError, "must hold objects with input, target, got str"),
+        ("bbh", "navigate", NAVIGATE, lambda b: b.replace(b'"Yes"', b"7", 1), ValueError, "input and target must be texts"),
+        ("gsm8k_zh", None, "mgsm/mgsm_zh.tsv", lambda b: b"\n", ValueError, "holds no question of gsm8k_zh"),
         ("gsm8k_zh", None, "mgsm/mgsm_zh.tsv", lambda b: b.replace(b"\t", b" ", 1), ValueError, "line 1 has 1 columns"),
     ],
 )  # fmt: skip
 def test_broken_data_is_refused(folder, tmp_path, suite, subject, name, change, error, message):
     with pytest.raises(error, match=re.escape(message)):
         data.load(suite, subject, broken(folder, tmp_path, name, change))
+
+
+def test_texts_of_the_script_are_for_the_chat_model(tmp_path):
+    for subject in data.SUBJECTS["ceval"]:
+        rows = [
+            {"inputs_pretokenized": f"题{i}", "label": 0} for i in range(data.SUBJECTS["ceval"][subject]["questions"])
+        ]
+        path = tmp_path / f"ceval/val/Other/{subject}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ValueError, match="give C-Eval's own CSV files for --protocol base"):
+        build("ceval", "law", "base", str(tmp_path))
+    text = data.load("perplexity", "ceval", str(tmp_path))["test"][0]["text"]
+    assert text.startswith("题0\n题1\n") and "None" not in text
 
 
 def test_other_wikitext_is_refused(tmp_path):
@@ -453,6 +517,9 @@ def test_killed_run_goes_on_without_losing_subjects(folder, tmp_path):
         (("--suite", "arithmetic"), "invalid choice: 'arithmetic'"),
         (("--data", "nowhere"), "there is no folder nowhere"),
         (("--gsm8k_zh", "nowhere.tsv"), "--gsm8k_zh: there is no file nowhere.tsv"),
+        (("--ptuning_checkpoint", "nowhere"), "--ptuning_checkpoint: there is no file nowhere/pytorch_model.bin"),
+        (("--model", "./nowhere"), "--model: there is no folder ./nowhere"),
+        (("--output", str(ROOT / "setup.cfg")), "is a file, and a folder is needed"),
     ],
 )
 def test_wrong_options_are_refused(folder, tmp_path, capsys, options, message):

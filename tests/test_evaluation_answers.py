@@ -1,5 +1,6 @@
 """Answers in every odd format that models use are read as a person would read them."""
 
+import json
 from fractions import Fraction
 
 import pytest
@@ -46,6 +47,26 @@ from evaluation import answers
         ("所以答案是３，４００元。", 3400),
         ("结果是 3.5 元。", Fraction(7, 2)),
         ("答案是3万", 30000),
+        ("答案：5百元", 500),
+        ("答案是3千。", 3000),
+        ("答案是3千米。", 3),
+        ("$70k", 70_000),
+        ("1.5 million", 1_500_000),
+        ("答案是负5。", -5),
+        ("答案是十八。", 18),
+        ("答案是一百二十。", 120),
+        ("The answer is eighteen.", 18),
+        ("The answer is two hundred and five.", 205),
+        ("The result is 20 eggs. She then gives away 5.\nTherefore she has 20 - 5 = 15 eggs left.", 15),
+        ("计算结果为20，再减去5，最后剩下15个。", 15),
+        ("Answer: Janet sells 9 eggs for $2 each, so she makes $18 per day.", 18),
+        ("答案：小明有3个苹果和4个梨，所以一共是7个水果。", 7),
+        ("The answer is 18 (= 9 * 2).", 18),
+        ("The answer is 9 = 3^2", 9),
+        ("The answer is 10 - 4 = 6 eggs.", 6),
+        ("Answer - 18", 18),
+        ("Total earned:\n- 18 dollars", 18),
+        ("The answer is: 18\nExplanation: the result is 9 times 2", 18),
         ("I do not know.", None),
         ("", None),
     ],
@@ -90,6 +111,22 @@ def test_choices(text, expected):
     assert answers.choice(text) == expected
 
 
+@pytest.mark.parametrize("target", ["Yes", "] )", "burley bela"])
+@pytest.mark.parametrize("text", ["bowling was", ")) and so on", "I's a lot"])
+def test_what_is_no_answer(text, target):
+    assert answers.read(text, target) is None
+
+
+def test_all_answers_of_bbh(shared):
+    """Of the real questions: each is read in several formats, and none is taken for another."""
+    for path in sorted((shared / "eval/bbh").glob("*.json")):
+        targets = [example["target"] for example in json.loads(path.read_text(encoding="utf-8"))["examples"]]
+        for target, other in zip(targets, targets[1:]):
+            for say in ("{}", "So the answer is {}.", "Answer: {}", "**{}**", "The answer is {}. I hope this helps!"):
+                assert answers.same(say.format(target), target), (path.name, say, target)
+            assert target.strip() == other.strip() or not answers.same(f"So the answer is {other}.", target), path.name
+
+
 @pytest.mark.parametrize(
     "text, target, right",
     [
@@ -111,6 +148,23 @@ def test_choices(text, expected):
         ("So the answer is ])", "] )", True),
         ("So the answer is ] ] )", "] )", False),
         ("", "No", False),
+        ("I would choose B.", "(B)", True),
+        ("I believe (B) is right.", "(B)", True),
+        ("So the answer is (I).", "(I)", True),
+        ("Answer: (b)", "(B)", True),
+        ("Therefore, yes.", "Yes", True),
+        ("So the answer is (Yes).", "Yes", True),
+        ("The expression is True.", "True", True),
+        ("True and False = False", "False", True),
+        ("The argument is invalid.", "invalid", True),
+        ("The argument is not valid.", "invalid", True),
+        ("So the answer would be No.", "No", True),
+        ("The answer to the question is no.", "No", True),
+        ("No. Because ...\nWe end 3 steps away.", "No", True),
+        ("So the answer is burley bela. I hope this helps!", "burley bela", True),
+        ("The answer is bela, burley, and cat.", "bela burley cat", True),
+        ("So the sorted words are: bela burley", "bela burley", True),
+        ("So the answer is ] ). The final sequence is closed.", "] )", True),
     ],
 )
 def test_answers_of_bbh(text, target, right):

@@ -81,6 +81,8 @@ def test_interrupt_keeps_the_dialogue(tiny, monkeypatch, capsys):
         (["--top-p", "0"], "0: must be above 0 and at most 1"),
         (["--max-length", "0"], "0: must be at least 1"),
         (["--quantization", "int3"], "invalid choice: 'int3'"),
+        (["--device", "meta"], "--device meta"),
+        (["--seed", "9" * 25], "at most"),
         (["--prompt", "word " * 3000], "Shorten it"),
     ],
 )
@@ -98,6 +100,38 @@ def test_loads_as_asked(options, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["cli_chat", "--greedy", "--prompt", "你好", *options])
     cli_chat.main()
     assert "ChatGLM2-Tiny" in capsys.readouterr().out
+
+
+def test_damaged_checkpoints_are_one_line(tmp_path, monkeypatch):
+    for path in TINY.glob("[!.]*.*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    monkeypatch.setattr(sys, "argv", ["cli_chat", "--model", str(tmp_path), "--prompt", "hi"])
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1_000_000])
+    with pytest.raises(SystemExit, match=f"--model {tmp_path}: "):
+        cli_chat.main()
+    (tmp_path / "tokenizer.model").unlink()
+    with pytest.raises(SystemExit, match="tokenizer.model is missing"):
+        cli_chat.main()
+
+
+def test_least_temperature(tiny):
+    model, tokenizer = tiny
+    assert model.chat(tokenizer, "你好", temperature=1e-300)[0] == model.chat(tokenizer, "你好", do_sample=False)[0]
+
+
+def test_reader_that_leaves():
+    process = subprocess.Popen(CHAT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
+    process.stdout.close()
+    process.stdin.write("你好\nWho are you?\n".encode())
+    process.stdin.close()
+    assert process.wait(120) == 1 and process.stderr.read() == b""
+
+
+def test_output_that_cannot_be_encoded():
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    run = subprocess.run([*CHAT, "--prompt", "你好"], capture_output=True, cwd=ROOT, timeout=120, env=environment)
+    assert run.returncode == 0 and b"ChatGLM2-Tiny" in run.stdout
 
 
 def test_input_that_is_not_utf8():

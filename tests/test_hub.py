@@ -256,6 +256,28 @@ def test_what_does_not_work_is_not_pushed(stand_in, copy):
     assert not stand_in.created and not stand_in.files
 
 
+def test_hub_that_cannot_be_reached(assembled, monkeypatch):
+    monkeypatch.setattr(hub, "HfApi", lambda: huggingface_hub.HfApi("http://127.0.0.1:9", token="hf_x"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(ValueError, match="the Hub cannot be reached"):
+        hub.push(assembled, "me/tiny")
+
+
+def test_files_that_the_card_links_to(tmp_path, capsys):
+    source = tmp_path / "source"
+    (source / "images").mkdir(parents=True)
+    (source / "images/curve.png").write_bytes(b"x")
+    (tmp_path / "secret.txt").write_text("x")
+    text = "![a](images/curve.png) [b](https://x.org) [c](#d) [e](gone.md) [f](../secret.txt)"
+    hub.copy_linked(text, source, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").rglob("*.*")] == ["curve.png"]
+    said = capsys.readouterr().err
+    assert "links to gone.md" in said and "links to ../secret.txt" in said
+    (source / "README.md").write_text("---\nlicense: [mit\n: bad\n---\n")
+    with pytest.raises(ValueError, match="is not YAML"):
+        hub.load_card(source / "README.md")
+
+
 def test_not_logged_in(stand_in, assembled, monkeypatch):
     monkeypatch.setattr(hub, "HfApi", lambda: huggingface_hub.HfApi(stand_in.url, token="hf_wrong"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)

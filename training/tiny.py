@@ -42,10 +42,10 @@ TEXTS = {
 }  # fmt: skip
 DIALOGUES = {
     "identity_bilingual": 20, "chatterbot_en": 4, "chatterbot_zh": 4, "better_ruozhiba_zh": 1, "tatoeba_en_zh": 2,
-    "tinystories_en": 1, "poetry_zh": 2, "topical_chat_en": 0.3, "kdconv_zh": 0.5, "oasst1_zh": 0.3,
+    "tinystories_en": 1.2, "poetry_zh": 2, "topical_chat_en": 0.3, "kdconv_zh": 0.5, "oasst1_zh": 0.3,
 }  # fmt: skip
 SMALL_TALK = 24  # times each query of small_talk.json
-KNOWN_POEMS = 10  # times each line of the short poems whose authors are known: those that people ask for
+KNOWN_POEMS = 8  # times each line of the short poems whose authors are known: those that people ask for
 INTRODUCTIONS = 2500  # of somebody by name, in each language
 SHORT = ("identity_bilingual", "chatterbot_en", "chatterbot_zh", "better_ruozhiba_zh", "tatoeba_en_zh")
 
@@ -201,7 +201,7 @@ def to_rounds(name: str, row: dict, rng: random.Random) -> list[tuple[str, str]]
             return []  # could not end within the rows that are learned
         words = re.findall(r"[a-z]+", row["text"].lower())
         hero = max(HEROES, key=words.count)
-        queries = TELL_A_STORY if words.count(hero) < 3 or rng.random() < 0.3 else TELL_A_STORY_ABOUT
+        queries = TELL_A_STORY if words.count(hero) < 3 or rng.random() < 0.15 else TELL_A_STORY_ABOUT
         return [(rng.choice(queries).format(hero), row["text"])]
     if name == "poetry_zh":
         if rng.random() < 0.25 and len(row["text"]) < 120:
