@@ -101,10 +101,12 @@ def what_is_invalid(errors: list[dict]) -> str:
     lines = []
     for error in errors[:3]:
         where = ".".join(str(part) for part in error["loc"] if part != "body") or "The request's body"
-        got = "" if isinstance(error["input"], (dict, list)) else f", got {str(error['input'])[:60]!a}"
-        is_json = error["type"] == "json_invalid"
-        reason = (error.get("ctx") or {}).get("error", "")
-        lines.append(f"{where}: {error['msg']}{f' ({reason})' if is_json and reason not in error['msg'] else '' if is_json else got}")
+        if error["type"] == "json_invalid":
+            reason = error["ctx"]["error"]
+            more = "" if reason in error["msg"] else f" ({reason})"
+        else:
+            more = "" if isinstance(error["input"], (dict, list)) else f", got {str(error['input'])[:60]!a}"
+        lines.append(f"{where}: {error['msg']}{more}")
     return "; ".join(lines)
 
 

@@ -1,13 +1,21 @@
-"""What the documentation tells people to type exists: targets of make, modules and their options, files, links."""
+"""
+What the documentation tells people to type works: Python is run, on the small model; of commands all targets of make, modules,
+options, files and links exist, and these are run: `make chat`, `make serve` and `make web` here, docs/convert.md by
+test_conversion.py, docs/evaluate.md (on made-up questions) by test_evaluation.py, accelerate and torchrun by test_training.py.
+"""
 
+import json
+import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 
 import pytest
+from transformers import AutoModel, AutoTokenizer
 
-from conftest import ROOT
+from conftest import ROOT, TINY
 
 
 PAGES = [ROOT / "README.md", ROOT / "README_zh.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -82,10 +90,80 @@ def test_files_that_commands_name():
                 assert (ROOT / word).exists(), (page, word)
 
 
-def test_python_can_be_read():
-    assert len(blocks("python")) > 10
-    for page, block in blocks("python"):
+# What of the Python is not run here, and why
+NOT_RUN = {
+    'device_map="auto"': "a device_map of two GPUs; with one of CPU and disk in test_loading.py",
+    'tp_plan="auto"': "two processes, in test_parallel.py",
+    "openai": "a server, asked by the same client in test_serve.py",
+    "build/convert/glm": "the output of a command, run with it in test_conversion.py",
+    "output/sft": "the output of training, below",
+}
+
+
+def run_python(page: str, block: str, **names):
+    block = block.replace("path/to/chatglm2-6b", str(TINY)).replace('"checkpoints/tiny"', f'"{TINY}"')
+    block = block.replace(', device="cuda"', "").replace("texts = [...]", "texts = ['你好', 'Who are you?']")
+    exec(compile(block, page, "exec"), names)
+
+
+@pytest.mark.parametrize("page, block", blocks("python"))
+def test_python_runs(page, block, tmp_path, monkeypatch):
+    if any(part in block for part in NOT_RUN):
         compile(block, page, "exec")
+        return
+    if "QuantizedCache" in block:
+        pytest.importorskip("optimum.quanto")
+    monkeypatch.chdir(tmp_path)
+    names = {"path": str(TINY), "query": "你好", "history": [], "AutoModel": AutoModel}
+    names["tokenizer"] = AutoTokenizer.from_pretrained(TINY, trust_remote_code=True)
+    model, small = (AutoModel.from_pretrained(TINY, trust_remote_code=True).float().eval() for _ in range(2))
+    if "config.quantization_config" in block:  # of a quantized checkpoint
+        model.quantize(4).save_pretrained(tmp_path / "int4")
+        names["path"] = str(tmp_path / "int4")
+        block = "from transformers import AutoConfig\n" + block
+    run_python(page, block, model=model, small=small, **names)
+
+
+def test_what_is_trained_is_used_as_documented(tmp_path, monkeypatch):
+    pytest.importorskip("trl")
+    from training import lora, ptuning, sft
+
+    monkeypatch.chdir(ROOT)
+    data = tmp_path / "train.json"
+    data.write_text(json.dumps([{"prompt": "你好", "response": "你好！"}] * 4))
+    few = ["--max_steps", "1", "--bf16", "false", "--use_cpu", "--report_to", "none"]
+    for recipe in (sft, lora, ptuning):
+        name = recipe.__name__.split(".")[-1]
+        output = ["--output_dir", str(tmp_path / "output" / name)]
+        config = f"training/configs/{name}.yaml"
+        recipe.main(["--config", config, "--model_name_or_path", str(TINY), "--train_file", str(data), *few, *output])
+    (block,) = (block for _, block in blocks("python") if "output/sft" in block)
+    monkeypatch.chdir(tmp_path)
+    run_python("training.md", block, path=str(TINY))
+
+
+def needs_make():
+    if sys.executable != str(ROOT / ".venv/bin/python"):
+        pytest.skip("make would set up another environment.")
+
+
+def test_make_chat():
+    needs_make()
+    for command in ('make chat PROMPT="你好"', 'echo "你好" | make chat'):
+        result = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=200)
+        assert result.returncode == 0 and "ChatGLM2-Tiny" in result.stdout, result.stderr
+
+
+@pytest.mark.parametrize("target", ["serve", "web"])
+def test_make_starts_a_server(target):
+    needs_make()
+    command = ["make", target, "ARGS=--port 0"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        assert any("http://127.0.0.1:" in line for line in process.stdout)
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.communicate(timeout=60)
 
 
 def heading_anchors(text: str) -> set[str]:

@@ -44,6 +44,8 @@ DIALOGUES = {
     "identity_bilingual": 20, "chatterbot_en": 4, "chatterbot_zh": 4, "better_ruozhiba_zh": 1, "tatoeba_en_zh": 2,
     "tinystories_en": 1.2, "poetry_zh": 2, "topical_chat_en": 0.3, "kdconv_zh": 0.5, "oasst1_zh": 0.3,
 }  # fmt: skip
+LEAST_HELD_OUT = 5  # dialogues of a corpus for its perplexity to be told
+CARD_MARKS = ("<!-- figures of training.tiny publish -->", "<!-- end of figures -->")
 SMALL_TALK = 24  # times each query of small_talk.json
 KNOWN_POEMS = 8  # times each line of the short poems whose authors are known: those that people ask for
 INTRODUCTIONS = 2500  # of somebody by name, in each language
@@ -368,13 +370,13 @@ def prepare(corpora: Path):
     print(f"{len(texts):,} texts and {len(dialogues):,} dialogues in {WORK}")
 
 
-def held_out_perplexity(model, tokenizer, held_out: dict[str, list]) -> dict[str, float]:
-    """Perplexity of the answers, by token of the model's own vocabulary, for each corpus of dialogues."""
+def held_out_perplexity(model, tokenizer, held_out: dict[str, list]) -> dict[str, dict]:
+    """Perplexity of the answers, by token of the model's own vocabulary, for each corpus of dialogues with enough of them."""
     rng, args = random.Random(0), DataArguments(max_source_length=512, max_target_length=511, packing=True)
     data = {}
     for name in DIALOGUES:
         rows = [{"messages": to_messages(rounds)} for row in held_out[name] if (rounds := to_rounds(name, row, rng))]
-        if rows:
+        if len(rows) >= LEAST_HELD_OUT:
             write_jsonl(WORK / f"held_out/{name}.jsonl", rows)
             args.validation_file = str(WORK / f"held_out/{name}.jsonl")
             data[name] = encode(read(args, "validation"), tokenizer, args)
@@ -386,7 +388,59 @@ def held_out_perplexity(model, tokenizer, held_out: dict[str, list]) -> dict[str
         processing_class=tokenizer,
     )
     metrics = trainer.evaluate()
-    return {name: round(metrics[f"eval_{name}_perplexity"], 2) for name in data}
+    return {
+        name: {"dialogues": len(rows), "perplexity": round(metrics[f"eval_{name}_perplexity"], 1)}
+        for name, rows in data.items()
+    }
+
+
+def stage(folder: Path, rows: Path) -> dict:
+    """What a stage was, all runs of it together if it was interrupted; `tokens` has the padding."""
+    state = json.loads((folder / "trainer_state.json").read_text())
+    return {
+        "rows": sum(1 for _ in rows.open(encoding="utf-8")),
+        "epochs": round(state["epoch"]),
+        "steps": state["global_step"],
+        "tokens": state["num_input_tokens_seen"],
+    }
+
+
+def known_queries(dialogues: Path) -> tuple[int, int]:
+    """How many of the queries of `PROMPTS` are, word for word, in the dialogues; and how many there are."""
+    rows = (json.loads(line) for line in dialogues.open(encoding="utf-8"))
+    learned = {message["content"] for row in rows for message in row["messages"] if message["role"] == "user"}
+    queries = [query for queries in PROMPTS for query in queries]
+    return sum(query in learned for query in queries), len(queries)
+
+
+def card_figures(report: dict) -> str:
+    """The part of the card that is measured, in Markdown."""
+    known, queries = report["queries_learned"]
+    lines = ["| stage | rows | epochs | steps | tokens, with padding |", "|---|---|---|---|---|"]
+    for name in ("pretraining", "fine_tuning"):
+        s = report[name]
+        rows = f"{s['rows']:,} {'documents' if name == 'pretraining' else 'dialogues'}"
+        lines.append(
+            f"| {name.replace('_', '-')} | {rows} | {s['epochs']} | {s['steps']:,} | {s['tokens'] / 1e6:.1f} M |"
+        )
+    lines += [
+        "",
+        f"{known} of the {queries} queries in [samples.md](samples.md) are word for word among those of the fine-tuning.",
+        "",
+    ]
+    lines += ["Held out, perplexity of the answers by token of its own vocabulary:", ""]
+    lines += ["| corpus | dialogues | perplexity |", "|---|---|---|"]
+    for name, figures in report["held_out"].items():
+        lines.append(f"| {name} | {figures['dialogues']} | {figures['perplexity']} |")
+    return "\n".join(lines)
+
+
+def write_card_figures(path: Path, report: dict):
+    """Puts the figures between the two marks of the card."""
+    text = path.read_text(encoding="utf-8")
+    begin, end = (text.index(mark) for mark in CARD_MARKS)
+    text = text[: begin + len(CARD_MARKS[0])] + f"\n{card_figures(report)}\n" + text[end:]
+    path.write_text(text, encoding="utf-8")
 
 
 def answer_prompts(model, tokenizer) -> str:
@@ -409,9 +463,10 @@ def publish(corpora: Path, output: Path):
     tokenizer = AutoTokenizer.from_pretrained(trained, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(trained, trust_remote_code=True, dtype=torch.float32).eval()
     report = {
-        "held_out_perplexity": held_out_perplexity(model, tokenizer, held_out),
-        "pretraining": json.loads((WORK / "pretrain/train_results.json").read_text()),
-        "fine_tuning": json.loads((trained / "train_results.json").read_text()),
+        "pretraining": stage(WORK / "pretrain", WORK / "texts.jsonl"),
+        "fine_tuning": stage(trained, WORK / "dialogues.jsonl"),
+        "queries_learned": known_queries(WORK / "dialogues.jsonl"),
+        "held_out": held_out_perplexity(model, tokenizer, held_out),
     }
     model.config.use_cache = True  # the Trainer turns it off
     # By way of another folder: in the output the code is links to the top level, through which the library would write.
@@ -419,11 +474,12 @@ def publish(corpora: Path, output: Path):
     model.half().save_pretrained(finished)
     output.mkdir(parents=True, exist_ok=True)
     for path in (finished / "config.json", finished / "model.safetensors", WORK / "start/tokenizer.model"):
-        shutil.copy(path, output)
+        shutil.copyfile(path, output / path.name)  # not its mode: safetensors keeps files to the user alone
     (output / "samples.md").write_text(answer_prompts(model.float(), tokenizer), encoding="utf-8")
     (output / "training.json").write_text(json.dumps(report, indent=2) + "\n")
-    for stage in ("pretrain", "sft"):
-        shutil.copy(WORK / stage / "curve.png", output / f"{stage}.png")
+    write_card_figures(output / "README.md", report)
+    for name in ("pretrain", "sft"):
+        shutil.copy(WORK / name / "curve.png", output / f"{name}.png")
 
 
 def main():

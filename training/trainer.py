@@ -191,5 +191,6 @@ def plot_curve(log_history: list[dict], path: Path):
             axes.plot(*zip(*points), style, label=label, markersize=4)
     axes.set(xlabel="step", ylabel="loss, nats per token")
     axes.grid(alpha=0.3)
-    axes.legend()
+    if axes.lines:
+        axes.legend()
     figure.savefig(path, dpi=120)
