@@ -240,6 +240,8 @@ class AllAtOnce(Streaming, CBGenerateManager):
 
 
 class Generation(GenerationState):
+    cache_tokens = float("inf")  # of a request, that the cache of continuous batching has room for
+
     def is_cb_alive(self) -> bool:
         return True  # it begins anew with the next request
 
@@ -374,10 +376,11 @@ class TextHandler(Checked, CompletionHandler):
 def build_app(name: str, model, tokenizer, max_tokens: int, cache_tokens: int | None, continuous_batching: bool):
     """Returns the FastAPI application."""
     blocks = {} if cache_tokens is None else {"num_blocks": -(-cache_tokens // BLOCK), "max_batch_tokens": 512}
-    config = ContinuousBatchingConfig(block_size=BLOCK, per_request_processors=True, **blocks)
+    config = ContinuousBatchingConfig(page_size=BLOCK, per_request_processors=True, **blocks)
     manager = OneModel(name, model, tokenizer, max_tokens)
     state = Generation(continuous_batching=continuous_batching, cb_config=config)
-    state.cache_tokens = blocks["num_blocks"] * BLOCK if blocks and continuous_batching else float("inf")
+    if blocks and continuous_batching:
+        state.cache_tokens = blocks["num_blocks"] * BLOCK
     chat, text = ChatHandler(manager, state), TextHandler(manager, state)
     app = build_server(manager, chat, text, None, None, None, state)
     # The others load models by name, with their code, or unload this one.
