@@ -119,6 +119,8 @@ def suite_section(suite: str, evaluations: list[tuple[str, list[dict]]]) -> list
                 "",
             ]
         lines += said_lines(suite, label, results)
+        if suite in CHOICES:
+            lines += [f"{label}: {preference(results)}", ""]
     if len(SUITES[suite]) > 1:
         lines += ["<details><summary>By subject</summary>", "", subject_table(suite, evaluations), "", "</details>", ""]
     return lines
@@ -135,6 +137,15 @@ def said_lines(suite: str, label: str, results: list[dict]) -> list[str]:
         right = sum(row["said"] == row["target"] for row in said)
         line += f", {right:,} the right one; the choice counts, which is asked for in the second turn"
     return [line + ".", ""]
+
+
+def preference(results: list[dict]) -> str:
+    """Which letters are chosen, and what such choices, made without looking at the questions, would score."""
+    rows = [row for result in results for row in result["answers"]]
+    chosen, right = (Counter(row[key] for row in rows) for key in ("choice", "target"))
+    blind = sum(chosen[letter] * right[letter] for letter in "ABCD") / len(rows) ** 2
+    shares = ", ".join(f"{letter} in {100 * chosen[letter] / len(rows):.0f} %" for letter in "ABCD")
+    return f"chooses {shares}. Choices like these that are blind to the question would be right in {100 * blind:.2f} %."
 
 
 def subject_table(suite: str, evaluations: list[tuple[str, list[dict]]]) -> str:

@@ -464,6 +464,7 @@ def test_run_to_report(folder, tmp_path, some_subjects, capsys):
         assert title in page
     assert "| **tiny, chat** (measured, 55 subjects missing) | 2 |" in page
     assert "| ChatGLM-6B, published |  | 40.63 | 33.89 | 44.84 | 39.02 | 45.71 |" in page
+    assert page.count("blind to the question would be right in") == 2
     assert "28.05" in page and "20.45" in page and "bits per byte" in page
     assert (tmp_path / "float/report.png").read_bytes().startswith(b"\x89PNG")
     summary = json.loads((tmp_path / "float/results.json").read_text())["tiny, chat"]
