@@ -98,7 +98,7 @@ def load_card(path: Path) -> ModelCard | None:
 
 
 def copy_linked(text: str, source: Path, folder: Path):
-    """Copies the files that a card shows or links to, and says which are not there."""
+    """Copies the files that a card or a page shows or links to, and says which are not there."""
     for name in re.findall(r"\]\(([^)\s#:]+)\)", text):
         path = source / name
         if not path.resolve().is_relative_to(source.resolve()) or not path.is_file():
@@ -106,6 +106,8 @@ def copy_linked(text: str, source: Path, folder: Path):
         elif not (folder / name).exists():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, folder / name)
+            if path.suffix == ".md":
+                copy_linked(path.read_text(encoding="utf-8"), path.parent, (folder / name).parent)
 
 
 def link(source: Path, target: Path):

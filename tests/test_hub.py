@@ -243,7 +243,7 @@ def test_push(stand_in, tmp_path):
         ("tiny", "me", "private")
     ]
     assert {name: len(data) for name, data in stand_in.files.items()} == {
-        path.name: path.stat().st_size for path in output.iterdir()
+        path.relative_to(output).as_posix(): path.stat().st_size for path in output.rglob("*") if path.is_file()
     }
     assert all(data == (output / name).read_bytes() for name, data in stand_in.files.items())
 
@@ -268,9 +268,11 @@ def test_files_that_the_card_links_to(tmp_path, capsys):
     (source / "images").mkdir(parents=True)
     (source / "images/curve.png").write_bytes(b"x")
     (tmp_path / "secret.txt").write_text("x")
-    text = "![a](images/curve.png) [b](https://x.org) [c](#d) [e](gone.md) [f](../secret.txt)"
+    (source / "images/page.md").write_text("![a](more.png)")
+    (source / "images/more.png").write_bytes(b"x")
+    text = "![a](images/curve.png) [p](images/page.md) [b](https://x.org) [c](#d) [e](gone.md) [f](../secret.txt)"
     hub.copy_linked(text, source, tmp_path / "out")
-    assert [path.name for path in (tmp_path / "out").rglob("*.*")] == ["curve.png"]
+    assert sorted(path.name for path in (tmp_path / "out").rglob("*.*")) == ["curve.png", "more.png", "page.md"]
     said = capsys.readouterr().err
     assert "links to gone.md" in said and "links to ../secret.txt" in said
     (source / "README.md").write_text("---\nlicense: [mit\n: bad\n---\n")
