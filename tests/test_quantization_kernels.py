@@ -159,7 +159,8 @@ def test_one_openmp(kernels):
     if not Path("/proc/self/maps").exists():
         pytest.skip("There is no /proc/self/maps.")
     files = {line.split()[-1] for line in open("/proc/self/maps") if "libgomp" in line}
-    assert len({file for file in files if "sentencepiece" not in file}) == 1
+    # Other wheels (SentencePiece's, scikit-learn's) bring copies for themselves.
+    assert len({file for file in files if ".libs/" not in file}) == 1
 
 
 @pytest.mark.parametrize("bits", [4, 8])
