@@ -26,6 +26,8 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import WEIGHTS_NAME
 
+from training.prefix import load_prefix
+
 from . import answers
 from .model import EvaluatedModel
 from .protocol import PROTOCOLS, SUITES, build
@@ -183,11 +185,7 @@ def load_model(args: argparse.Namespace):
             "alone, give it as --ptuning_checkpoint, and the model that it was trained for as --model."
         )
     if args.ptuning_checkpoint:
-        saved = torch.load(Path(args.ptuning_checkpoint, WEIGHTS_NAME), map_location="cpu", weights_only=True)
-        begin = "transformer.prefix_encoder."
-        model.transformer.prefix_encoder.load_state_dict(
-            {k.removeprefix(begin): v for k, v in saved.items() if begin in k}
-        )
+        load_prefix(model, args.ptuning_checkpoint)
     return model.to(args.device).eval(), tokenizer
 
 

@@ -90,16 +90,16 @@ class SetEpoch(TrainerCallback):
 def last_checkpoint(output_dir: str) -> str | None:
     """Returns the newest checkpoint that is whole: `trainer_state.json` is what the Trainer writes last."""
     states = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/trainer_state.json")
-    folders = [path.parent for path in states if is_json(path)]
+    folders = [path.parent for path in states if read_json(path) is not None]
     return str(max(folders, key=lambda folder: int(folder.name.split("-")[-1]))) if folders else None
 
 
-def is_json(path: Path) -> bool:
+def read_json(path: Path) -> dict | None:
+    """Returns what the file holds; None if it is missing or was cut short."""
     try:
-        json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return False
-    return True
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def fingerprint(rows) -> str:
@@ -110,11 +110,11 @@ def fingerprint(rows) -> str:
 
 def check_settings(path: Path, settings: dict):
     """Raises ValueError if the run that is to be gone on with was started with others."""
-    if not path.is_file() or not is_json(path):
+    old = read_json(path)
+    if old is None:
         raise ValueError(
             f"{path.parent} holds checkpoints, and no settings.json that says how they were made: choose another --output_dir."
         )
-    old = json.loads(path.read_text())
     differ = [
         f"{name} {old.get(group, {}).get(name)!r}, now {value!r}"
         for group in settings
