@@ -4,7 +4,6 @@ Field names, defaults and the file format are those of the published ChatGLM2-6B
 rest of the ecosystem uses for the same things (`num_hidden_layers`, `max_position_embeddings`, ...) work too.
 """
 
-import dataclasses
 import math
 from typing import Any
 
@@ -15,8 +14,8 @@ from transformers import PreTrainedConfig
 # What the published config.json carries. Converters (TensorRT-LLM, llama.cpp) tell the ChatGLM versions apart by it.
 PUBLISHED_NAME = "THUDM/chatglm2-6b"
 
-# Fields of related architectures that change the maths, with the values under which they change nothing here.
-# A checkpoint that sets one of them to anything else is not a ChatGLM2, and would load to produce nonsense.
+# Fields of related architectures that change the maths, and the values for which they change nothing here. A checkpoint
+# with any other value is not a ChatGLM2: it would load and produce nonsense.
 FOREIGN_FIELDS = {
     "activation_func": ("swiglu",),
     "attn_logit_softcapping": (None,),
@@ -35,8 +34,10 @@ FOREIGN_FIELDS = {
 }
 
 
-# The library's, but for those that are made for other models' layouts
+# The library's types, except those made for other models' layouts
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+
+MAX_LAYERS = 1000  # more is a damaged file, which would take all memory
 
 
 @strict
@@ -67,16 +68,16 @@ class ChatGLMConfig(PreTrainedConfig):
         pre_seq_len (`int`, *optional*): Length of the P-Tuning v2 prefix; freezes everything but the prefix.
         prefix_projection (`bool`): Compute the prefix by an MLP.
         original_rope (`bool`): Always true for ChatGLM2; other engines require the key.
-        rope_ratio (`float`): Positions are divided by it (ChatGLM2-6B-32K). ChatGLM3 multiplies the base instead:
-            `rope_parameters={"rope_type": "default", "rope_theta": 10000 * rope_ratio}`.
-        rope_parameters (`dict`, *optional*): The library's RoPE settings (`linear`, `dynamic`, `yarn`, ...). They take
-            precedence over `rope_ratio`.
+        rope_ratio (`float`): Divides the rotary frequencies, and so the positions (ChatGLM2-6B-32K). ChatGLM3 multiplies
+            the base instead: `rope_parameters={"rope_type": "default", "rope_theta": 10000 * ratio}`.
+        rope_parameters (`dict`, *optional*): The library's RoPE settings (`linear`, `dynamic`, `yarn`, ...).
 
     `bias_dropout_fusion`, `apply_query_key_layer_scaling` and `attention_softmax_in_fp32` are kept for round trips
     and have no effect: they chose between kernels of the published code with the same results.
 
     Raises:
-        ValueError: if a value cannot work (the message names it), or the checkpoint is of another architecture.
+        ValueError: If the checkpoint belongs to another architecture, or two names of one value contradict each other.
+        huggingface_hub.errors.StrictDataclassError: If a value has the wrong type or cannot work; the message names it.
 
     Example:
 
@@ -88,7 +89,7 @@ class ChatGLMConfig(PreTrainedConfig):
     """
 
     model_type = "chatglm"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
     attribute_map = {
         "head_dim": "kv_channels",
         "intermediate_size": "ffn_hidden_size",
@@ -97,8 +98,8 @@ class ChatGLMConfig(PreTrainedConfig):
         "rms_norm_eps": "layernorm_epsilon",
         "vocab_size": "padded_vocab_size",
     }
-    # The checkpoint fuses q, k and v, whose unequal blocks a plain column split would tear apart, so attention runs
-    # whole on every rank (its cache is small: 2 groups) and the MLP, three quarters of the weights, is split.
+    # `query_key_value` fuses blocks of unequal size, which a column split would tear apart. So attention runs whole on
+    # every rank (its KV cache is small: 2 heads), and the MLP, three quarters of the weights, is split.
     base_model_tp_plan = {
         "embedding.word_embeddings": "embedding_rowwise",
         "encoder.layers.*.self_attention.query_key_value": "colwise_gather_output",
@@ -112,7 +113,7 @@ class ChatGLMConfig(PreTrainedConfig):
         "encoder.final_layernorm": (["hidden_states"], ["hidden_states"]),
     }
     base_model_fsdp_plan = {
-        "embedding": "free_full_weight",
+        "embedding.word_embeddings": "free_full_weight",
         "encoder.layers.*": "free_full_weight",
         "encoder.final_layernorm": "keep_full_weight",
     }
@@ -152,7 +153,7 @@ class ChatGLMConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = 2
     pad_token_id: int | None = 0
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, num_key_value_heads: int | None = None, head_dim: int | None = None, **kwargs):
         for name, accepted in FOREIGN_FIELDS.items():
             if name in kwargs and kwargs[name] not in accepted:
                 raise ValueError(
@@ -160,52 +161,49 @@ class ChatGLMConfig(PreTrainedConfig):
                     "the code that was published with it."
                 )
         self._published_name = kwargs.pop("_name_or_path", None) or PUBLISHED_NAME
-        if self.rope_parameters is None and not kwargs.get("rope_scaling"):
-            self.rope_parameters = {"rope_type": "default"}
-            if self.rope_ratio != 1:
-                self.rope_parameters = {"rope_type": "linear", "factor": float(self.rope_ratio)}
-        kwargs.setdefault("partial_rotary_factor", 0.5)
         if self.quantization_bit and not kwargs.get("quantization_config"):
             kwargs["quantization_config"] = {"quant_method": "chatglm", "bits": self.quantization_bit}
-        derived = {name: kwargs.pop(name) for name in ("num_key_value_heads", "head_dim") if name in kwargs}
+        if self.rope_parameters is None and not kwargs.get("rope_scaling"):
+            self.rope_parameters = {"rope_type": "default"}
+        kwargs.setdefault("partial_rotary_factor", 0.5)
         super().__post_init__(**kwargs)
-        self._set_derived(**derived)
-        self._check()
 
-    def _set_derived(self, num_key_value_heads: int | None = None, head_dim: int | None = None):
-        """Takes the standard names of what follows from fields, where those are not given; they must not contradict."""
-        if num_key_value_heads is not None and num_key_value_heads != self.num_key_value_heads:
+        if num_key_value_heads not in (None, self.num_key_value_heads):
             if self.multi_query_attention:
                 raise ValueError(
                     f"num_key_value_heads={num_key_value_heads} contradicts multi_query_group_num="
                     f"{self.multi_query_group_num}: give one of them."
                 )
             self.num_key_value_heads = num_key_value_heads
-        if head_dim is not None and head_dim != self.kv_channels:
+        if head_dim not in (None, self.kv_channels):
             if self.kv_channels != type(self).kv_channels:
                 raise ValueError(f"head_dim={head_dim} contradicts kv_channels={self.kv_channels}: give one of them.")
             self.kv_channels = head_dim
 
-    def _check(self):
-        """Refuses values that cannot work, with a `ValueError` that names them."""
-        for name in (
-            "num_layers",
-            "padded_vocab_size",
-            "ffn_hidden_size",
-            "num_attention_heads",
-            "seq_length",
-            "multi_query_group_num",
-        ):
+    # The library calls every method whose name begins with `validate_` once the fields are set.
+
+    def validate_sizes(self):
+        names = "num_layers padded_vocab_size ffn_hidden_size num_attention_heads seq_length multi_query_group_num"
+        for name in names.split():
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if self.hidden_size < 0:  # the library's own tests of configurations set it to 0
-            raise ValueError(f"hidden_size must not be negative, got {self.hidden_size}.")
+        for name in ("hidden_size", "initializer_range"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
+        if self.num_layers > MAX_LAYERS:
+            raise ValueError(f"num_layers must be at most {MAX_LAYERS}, got {self.num_layers}.")
+        if self.pre_seq_len is not None and self.pre_seq_len < 1:
+            raise ValueError(f"pre_seq_len must be at least 1, or None for no prefix, got {self.pre_seq_len}.")
+
+    def validate_numbers(self):
         for name in ("hidden_dropout", "attention_dropout", "classifier_dropout"):
             if getattr(self, name) is not None and not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}.")
         for name in ("layernorm_epsilon", "rope_ratio"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}.")
+
+    def validate_attention(self):
         if self.kv_channels < 2 or self.kv_channels % 2:
             raise ValueError(
                 f"kv_channels must be a positive even number, as RoPE rotates pairs of channels, got {self.kv_channels}."
@@ -215,6 +213,8 @@ class ChatGLMConfig(PreTrainedConfig):
                 f"num_attention_heads ({self.num_attention_heads}) must be divisible by multi_query_group_num "
                 f"({self.multi_query_group_num})."
             )
+
+    def validate_rotary_embedding(self):
         rope_type = self.rope_parameters["rope_type"]
         if rope_type not in ROPE_TYPES:
             raise ValueError(f"rope_parameters['rope_type'] must be one of {', '.join(ROPE_TYPES)}, got {rope_type!r}.")
@@ -222,16 +222,34 @@ class ChatGLMConfig(PreTrainedConfig):
             value = self.rope_parameters.get(name, 1.0)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
                 raise ValueError(f"rope_parameters[{name!r}] must be a positive number, got {value!r}.")
-        if self.quantization_bit not in (0, 4, 8):
-            raise ValueError(f"quantization_bit must be 0, 4 or 8, got {self.quantization_bit}.")
-        if self.pre_seq_len is not None and self.pre_seq_len < 1:
-            raise ValueError(f"pre_seq_len must be at least 1, or None for no prefix, got {self.pre_seq_len}.")
+        if rope_type != "default" and self.rope_ratio != 1:
+            raise ValueError(
+                f"rope_ratio={self.rope_ratio} and rope_parameters['rope_type']={rope_type!r} both scale the positions: "
+                "set rope_ratio to 1, or rope_type to 'default'."
+            )
         if not self.original_rope:
             raise ValueError("original_rope=False is not ChatGLM2's rotary embedding, and is not supported.")
 
+    def validate_quantization(self):
+        if self.quantization_bit not in (0, 4, 8):
+            raise ValueError(f"quantization_bit must be 0, 4 or 8, got {self.quantization_bit}.")
+        quantization_config = getattr(self, "quantization_config", None)
+        if isinstance(quantization_config, (str, int, float, list)):
+            raise ValueError(
+                "quantization_config must be a dictionary such as {'quant_method': 'chatglm', 'bits': 4}, got "
+                f"{quantization_config!r}."
+            )
+
+    @property
+    def context_length(self) -> int:
+        """Number of positions the model was made for, or that its dynamic NTK scaling stretches them to."""
+        if self.rope_parameters["rope_type"] == "dynamic":
+            return int(self.seq_length * self.rope_parameters["factor"])
+        return self.seq_length
+
     @property
     def num_key_value_heads(self) -> int:
-        """Number of heads that keys and values have: `multi_query_group_num`, or all without multi-query attention."""
+        """Number of key-value heads: `multi_query_group_num`, or all heads without multi-query attention."""
         return self.multi_query_group_num if self.multi_query_attention else self.num_attention_heads
 
     @num_key_value_heads.setter
@@ -242,31 +260,31 @@ class ChatGLMConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        # The library would set these one by one on the finished config: too late for fields that others are derived
-        # from (rope_ratio, quantization_bit), and past the checks.
-        names = {field.name for field in dataclasses.fields(cls)} | set(cls.attribute_map) | {"num_key_value_heads"}
-        overrides = {name: kwargs.pop(name) for name in names & set(kwargs) - {"dtype"}}
+        if not isinstance(config_dict, dict):
+            raise ValueError(f"config.json must hold an object of fields, not {type(config_dict).__name__}.")
         config_dict = dict(config_dict)
-        if "rope_ratio" in overrides:
-            config_dict.pop("rope_parameters", None)
-        rope_parameters = overrides.get("rope_parameters")
-        if rope_parameters and rope_parameters.get("rope_type") in ("yarn", "longrope", "llama3"):
-            # What the checkpoint was trained with, which the library would take from an overridden seq_length.
-            trained = config_dict.get("seq_length", cls.seq_length)
-            overrides["rope_parameters"] = {"original_max_position_embeddings": trained, **rope_parameters}
-        # Written for others to read (`to_dict`); here they follow from the fields themselves.
+        # These two are in the file for other programs to read. Here they follow from the published fields.
         for derived, source in (("num_key_value_heads", "multi_query_group_num"), ("head_dim", "kv_channels")):
-            if source in config_dict or source in overrides:
+            if source in config_dict:
                 config_dict.pop(derived, None)
-        for name in overrides:
-            config_dict.pop(cls.attribute_map.get(name, name), None)
-        return super().from_dict({**config_dict, **overrides}, **kwargs)
+        # The library assigns overrides to the finished configuration: too late for those that others follow from.
+        for name in ("quantization_bit", "rope_parameters"):
+            if name in kwargs:
+                config_dict[name] = kwargs.pop(name)
+        rope_parameters = config_dict.get("rope_parameters")
+        if isinstance(rope_parameters, dict) and rope_parameters.get("rope_type") in ("yarn", "longrope", "llama3"):
+            # What the checkpoint was trained with. An overridden seq_length says what it is extended to.
+            trained = {"original_max_position_embeddings": config_dict.get("seq_length", cls.seq_length)}
+            config_dict["rope_parameters"] = {**trained, **rope_parameters}
+        result = super().from_dict(config_dict, **kwargs)
+        (result[0] if isinstance(result, tuple) else result).validate()
+        return result
 
     def to_dict(self) -> dict[str, Any]:
         output = super().to_dict()
         output.pop("_published_name", None)
         if self.multi_query_attention:
-            # Derived, but read from the dict by PEFT's prefix tuning, which otherwise assumes as many as query heads.
+            # PEFT's prefix tuning reads these from the dictionary. Without them it assumes as many as query heads.
             output["num_key_value_heads"] = self.num_key_value_heads
             output["head_dim"] = self.kv_channels
         return output
@@ -274,7 +292,7 @@ class ChatGLMConfig(PreTrainedConfig):
     def to_diff_dict(self) -> dict[str, Any]:
         output = super().to_diff_dict()
         output["_name_or_path"] = self._published_name
-        # SGLang knows the language model by this published name only; the library would write the class's.
+        # SGLang knows the language model by this published name only. The library would write the class's name.
         if output.get("architectures") == ["ChatGLMForConditionalGeneration"]:
             output["architectures"] = ["ChatGLMModel"]
         return output

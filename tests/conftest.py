@@ -76,6 +76,10 @@ def chatglm():
         ChatGLMConfig=modeling.ChatGLMConfig,
         ChatGLMTokenizer=tokenizer_class,
         modeling=modeling,
+        **{
+            name: sys.modules[f"{modeling.__package__}.{name}_chatglm"]
+            for name in ("cache", "checks", "compat", "generation", "streaming")
+        },
         tokenization=sys.modules[tokenizer_class.__module__],
     )
 

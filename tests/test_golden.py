@@ -42,14 +42,14 @@ def close(a, b):
 def test_forward(model, golden):
     reference = golden("forward")
     with torch.no_grad():
-        output = model(reference["plain/input_ids"], output_hidden_states=True, return_legacy_cache=True)
+        output = model(reference["plain/input_ids"], output_hidden_states=True)
     close(output.logits, reference["plain/logits"])
     assert len(output.hidden_states) == 4
     for i, states in enumerate(output.hidden_states):
         close(states.transpose(0, 1), reference[f"plain/hidden_states/{i}"])
-    for i, (key, value) in enumerate(output.past_key_values):
-        close(key, reference[f"plain/past_key_values/{i}/0"])
-        close(value, reference[f"plain/past_key_values/{i}/1"])
+    for i, layer in enumerate(output.past_key_values.layers):  # published: [seq, batch, kv_heads, head_dim]
+        close(layer.keys.permute(2, 0, 1, 3), reference[f"plain/past_key_values/{i}/0"])
+        close(layer.values.permute(2, 0, 1, 3), reference[f"plain/past_key_values/{i}/1"])
 
 
 def test_loss(model, golden):
@@ -73,12 +73,11 @@ def test_left_padding(model, golden):
     assert torch.isfinite(logits).all()
 
 
-@pytest.mark.parametrize("legacy", [True, False])
-def test_chunked(model, golden, legacy):
+def test_chunked(model, golden):
     reference = golden("forward")
     past, logits = None, []
     for chunk in reference["plain/input_ids"].split(reference["chunked/splits"], dim=1):
-        output = model(chunk, past_key_values=past, return_legacy_cache=legacy)
+        output = model(chunk, past_key_values=past)
         past = output.past_key_values
         logits.append(output.logits)
     close(torch.cat(logits, dim=1), reference["chunked/logits"])

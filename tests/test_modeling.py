@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import DynamicCache, GlmConfig, GlmForCausalLM, StaticCache
+from transformers import DynamicCache, GlmConfig, GlmForCausalLM, LogitsProcessorList, StaticCache
 from transformers.cache_utils import DynamicLayer
 
 from conftest import SMALL
@@ -21,6 +21,9 @@ ATTENTION = ["eager", "sdpa", "flex_attention"]
 def glm_oracle(model, dtype=torch.float32) -> GlmForCausalLM:
     """The same model as a GlmForCausalLM."""
     c = model.config
+    rope_parameters = copy.deepcopy(c.rope_parameters)
+    if c.rope_ratio != 1:
+        rope_parameters.update(rope_type="linear", factor=float(c.rope_ratio))
     glm_config = GlmConfig(
         vocab_size=c.padded_vocab_size,
         hidden_size=c.hidden_size,
@@ -33,7 +36,7 @@ def glm_oracle(model, dtype=torch.float32) -> GlmForCausalLM:
         rms_norm_eps=c.layernorm_epsilon,
         max_position_embeddings=c.seq_length,
         tie_word_embeddings=False,
-        rope_parameters=copy.deepcopy(c.rope_parameters),
+        rope_parameters=rope_parameters,
         pad_token_id=0,
         eos_token_id=2,
         attn_implementation="eager",
@@ -227,7 +230,7 @@ def test_fully_padded_rows_are_finite(small_model, attn_implementation, dtype):
     assert torch.isfinite(logits).all()
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static", "none", "legacy"])
+@pytest.mark.parametrize("cache", ["dynamic", "static", "none"])
 def test_caches(small_model, cache):
     model, chunks = small_model(), (7, 1, 3, 1)
     ids = random_ids(model, 2, sum(chunks))
@@ -238,25 +241,12 @@ def test_caches(small_model, cache):
         for n in chunks:
             begin, end = end, end + n
             chunk = ids[:, :end] if cache == "none" else ids[:, begin:end]
-            output = model(
-                chunk, past_key_values=past, use_cache=cache != "none", return_legacy_cache=cache == "legacy"
-            )
+            output = model(chunk, past_key_values=past, use_cache=cache != "none")
             past = output.past_key_values
             logits.append(output.logits[:, -n:])
     close(torch.cat(logits, dim=1), expected)
     if cache == "none":
         assert past is None
-    if cache == "legacy":
-        assert past[0][0].shape == (12, 2, 2, 8)  # [seq, batch, groups, head_dim]
-
-
-def test_legacy_cache_as_one_tensor(small_model):
-    """ChatGLM2-6B-32K returned [layers, 2, seq, batch, groups, head_dim]."""
-    model = small_model()
-    ids = random_ids(model, 1, 8)
-    past = model(ids[:, :5], return_legacy_cache=True).past_key_values
-    stacked = torch.stack([torch.stack(layer) for layer in past])
-    close(model(ids[:, 5:], past_key_values=stacked).logits, model(ids).logits[:, 5:])
 
 
 @pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
@@ -330,11 +320,11 @@ def test_rope_angles_are_float32(small_model, dtype):
     exact = positions[:, None].double() * 10000.0 ** -(torch.arange(0, 32, 2).double() / 32)
     cos, sin = rotary(torch.zeros(1, dtype=torch.float32), positions[None])
     for got, expected, unrotated in ((cos, exact.cos(), 1), (sin, -exact.sin(), 0)):
-        assert got.shape == (1, 1, 768, 64)
-        torch.testing.assert_close(got[0, 0, :, 0:32:2].double(), expected, atol=5e-3, rtol=0)
+        assert got.shape == (1, 768, 64)
+        torch.testing.assert_close(got[0, :, 0:32:2].double(), expected, atol=5e-3, rtol=0)
         assert torch.equal(got[..., 0:32:2], got[..., 1:32:2] if unrotated else -got[..., 1:32:2])
         assert (got[..., 32:] == unrotated).all()
-    assert len(cos[0, 0].unique(dim=0)) == len(positions)
+    assert len(cos[0].unique(dim=0)) == len(positions)
 
 
 def test_rms_norm_multiplies_before_the_downcast(chatglm):
@@ -603,14 +593,14 @@ def test_ids_and_embeddings_at_once(small_model):
 
 def test_positions_beyond_the_context(small_model, chatglm, logs):
     model = small_model()
-    chatglm.modeling.logger.warning_once.cache_clear()
+    chatglm.checks.logger.warning_once.cache_clear()
     model(random_ids(model, 1, 3), position_ids=torch.tensor([[62, 63, 64]]))
     model(random_ids(model, 1, 3), position_ids=torch.tensor([[63, 64, 65]]))
     assert logs.text.count("beyond the 64 that this model was made for") == 1
 
 
 @pytest.mark.parametrize("do_sample", [True, False])
-def test_invalid_logits_end_their_row(small_model, logs, do_sample):
+def test_invalid_logits_end_their_row(small_model, chatglm, logs, do_sample):
     model = small_model(5)
     ids = random_ids(model, 2, 5)
     expected = model.generate(ids, do_sample=False, max_new_tokens=4)
@@ -620,21 +610,17 @@ def test_invalid_logits_end_their_row(small_model, logs, do_sample):
     with torch.no_grad():
         embedding[bad] = float("nan")
     ids[1, 2] = bad
-    output = model.generate(ids, do_sample=do_sample, max_new_tokens=4)
+    processors = LogitsProcessorList([chatglm.generation.InvalidScoreLogitsProcessor(2)])
+    output = model.generate(ids, do_sample=do_sample, max_new_tokens=4, logits_processor=processors)
     assert output[1, 5:].tolist() == [2, 0, 0, 0]
     assert "row(s) [1]" in logs.text
     if not do_sample:
         assert torch.equal(output[0], expected[0])
 
 
-def test_continuous_batching_has_no_prefix(small_model):
-    with pytest.raises(ValueError, match="P-Tuning prefix"):
-        small_model(pre_seq_len=3).generate_batch(inputs=[[5, 6]])
-
-
 def test_infinite_logits(chatglm):
     scores = torch.tensor([[0.0, 1.0, 2.0], [0.0, torch.inf, 2.0]])
-    ended = chatglm.modeling.InvalidScoreLogitsProcessor(2)(None, scores)
+    ended = chatglm.generation.InvalidScoreLogitsProcessor(2)(None, scores)
     assert torch.equal(ended[0], scores[0]) and ended[1].tolist() == [-torch.inf, -torch.inf, 0]
 
 
@@ -644,7 +630,7 @@ def test_infinite_logits(chatglm):
 def test_growing_layer_equals_the_library_s(chatglm):
     """Whatever is done to it between steps; and most steps do not copy what is cached."""
     torch.manual_seed(0)
-    growing, plain = chatglm.modeling.GrowingLayer(), DynamicLayer()
+    growing, plain = chatglm.cache.GrowingLayer(), DynamicLayer()
     copies = []
 
     def update(length):
@@ -740,22 +726,3 @@ def test_sdpa_of_groups_equals_eager(small_model, masked, new, dtype):
             logits[implementation] = model(ids[:, -new:], attention_mask=mask, past_key_values=cache).logits
     error = (logits["sdpa"] - logits["eager"]).abs().max() / logits["eager"].abs().max()
     assert error < 16 * torch.finfo(dtype).eps
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_in_chunks(chatglm, monkeypatch, dtype):
-    """On the CPU, long inputs: nearer to the exact product than torch's own, and where it cannot be, layer(x) itself."""
-    modeling = chatglm.modeling
-    monkeypatch.setattr(modeling, "rows_for_float32", lambda dtype: 16)
-    layer = torch.nn.Linear(300, 2500).to(dtype)
-    x = torch.randn(2, 12, 300, dtype=dtype)
-    exact = torch.nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double())
-    with torch.no_grad():
-        chunked, plain = modeling.linear(layer, x), layer(x)
-        assert chunked.dtype == dtype and (chunked - exact).norm() < 1.1 * (plain - exact).norm()
-        assert torch.equal(modeling.linear(layer, x[0]), layer(x[0]))  # few rows
-        layer.register_forward_hook(lambda module, args, output: 2 * output)
-        torch.testing.assert_close(modeling.linear(layer, x), 2 * plain)
-    layer._forward_hooks.clear()
-    modeling.linear(layer, x).sum().backward()
-    assert layer.weight.grad is not None

@@ -39,11 +39,15 @@ def test_plans_name_modules_that_exist(small_model, plan):
     model = small_model()
     names = [re.sub(r"\.\d+", ".*", name) for name, _ in model.named_modules()]
     in_config = [f"transformer.{name}" for name in getattr(model.config, f"base_model_{plan}")]
-    for name in in_config + list(getattr(type(model), f"_{plan}")):
+    for name in in_config + list(getattr(model, f"_{plan}")):
         assert name in names, name
 
 
-def test_tensor_parallel_plan_covers_all_matrices(small_model):
+def test_tensor_parallel_plan_covers_all_matrices(small_model, chatglm):
     model = small_model()
     matrices = {re.sub(r"\.\d+", ".*", n.removesuffix(".weight")) for n, p in model.named_parameters() if p.dim() == 2}
-    assert matrices == {*type(model)._tp_plan, *(f"transformer.{name}" for name in model.config.base_model_tp_plan)}
+    assert matrices == set(model._tp_plan)
+    # A network by itself has the output layer too, a classifier has none.
+    assert "output_layer" in model.transformer._tp_plan
+    classifier = small_model(model_class=chatglm.ChatGLMForSequenceClassification)
+    assert not [name for name in classifier._tp_plan if "output_layer" in name]

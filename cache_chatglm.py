@@ -1,0 +1,112 @@
+"""KV caches: they grow without being copied, and keep a record of the chat that is in them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+
+class GrowingLayer(DynamicLayer):
+    """
+    A layer of the KV cache with room to spare. A decoding step copies only the new token into it, where the library's layer
+    copies the whole cache.
+
+    `crop` leaves views of the same memory: what is appended afterwards overwrites what was cropped.
+    """
+
+    buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        is_empty = not self.is_initialized or self.keys.numel() == 0
+        if is_empty or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return super().update(key_states, value_states, *args, **kwargs)
+        if self.buffers is None or not (
+            fits(self.keys, self.buffers[0], key_states) and fits(self.values, self.buffers[1], value_states)
+        ):
+            self.buffers = with_room(self.keys, key_states), with_room(self.values, value_states)
+        self.keys = append(self.keys, self.buffers[0], key_states)
+        self.values = append(self.values, self.buffers[1], value_states)
+        return self.keys, self.values
+
+
+def fits(cached: torch.Tensor, buffer: torch.Tensor, new: torch.Tensor) -> bool:
+    """Whether `cached` is still the beginning of `buffer`, and there is room for `new` after it."""
+    if buffer.is_inference() and not torch.is_inference_mode_enabled():
+        return False  # torch does not allow writing to it
+    is_beginning = cached.data_ptr() == buffer.data_ptr() and cached.stride() == buffer.stride()
+    return is_beginning and buffer.shape[0] == new.shape[0] and cached.shape[2] + new.shape[2] <= buffer.shape[2]
+
+
+def with_room(cached: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """Returns a buffer, `[batch, kv_heads, n, head_dim]`, that begins with `cached` and has room for `new` and some more."""
+    batch, kv_heads, length, head_dim = cached.shape
+    length = (length + new.shape[2]) * 5 // 4 + 64
+    buffer = cached.new_empty(batch, kv_heads, length, head_dim)
+    buffer[:, :, : cached.shape[2]] = cached
+    return buffer
+
+
+def append(cached: torch.Tensor, buffer: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    start, end = cached.shape[2], cached.shape[2] + new.shape[2]
+    buffer[:, :, start:end] = new
+    return buffer[:, :, :end]
+
+
+def grow_in_place(cache: Cache | None) -> Cache | None:
+    """Replaces the layers of a new, empty `DynamicCache` by `GrowingLayer`s. Returns other caches unchanged."""
+    if type(cache) is DynamicCache and not cache.offloading:
+        if all(type(layer) is DynamicLayer and not layer.is_initialized for layer in cache.layers):
+            cache.layers = [GrowingLayer() for _ in cache.layers]
+    return cache
+
+
+@dataclass
+class ChatRecord:
+    """
+    What a cache that `chat` returned holds, by which the next round finds the part that it can reuse.
+
+    Args:
+        ids (`list[int]`): Every id of the context in order, those of answers as they were generated. The cache holds
+            the keys and values of the first ones.
+        rounds (`list[tuple[str, str]]`): The rounds, as returned in the history.
+        ends (`list[int]`): `ids[:ends[i]]` are the rounds up to i.
+        weights (`tuple[float, ...]`): Samples of the weights that computed the cache.
+    """
+
+    ids: list[int] = field(default_factory=list)
+    rounds: list[tuple[str, str]] = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)
+    weights: tuple[float, ...] = ()
+
+
+@torch.no_grad()
+def sample_weights(model) -> tuple[float, ...]:
+    """Returns a few numbers of each weight, which change when the weights do."""
+    samples = []
+    for parameter in model.parameters():
+        if parameter.device.type != "meta":  # offloaded
+            local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+            flat = local.detach().flatten()
+            samples.append(flat[:: flat.numel() // 4 + 1].float().sum())
+    return tuple(float(sample) for sample in samples)
+
+
+def crop_cache(cache: Cache, ids: list[int]):
+    """Leaves in the cache what it holds of the beginning of `ids`, except for the last one, which has to be computed."""
+    lengths = [int(layer.get_seq_length()) for layer in cache.layers]
+    # An interrupted forward leaves layers of different length. Interrupted prompt lookup leaves rejected candidates at the
+    # end and in the place of the last token.
+    valid = min([*lengths, max(len(cache.chat_record.ids) - 1, 0)])
+    kept = common_prefix(cache.chat_record.ids[:valid], ids[:-1])
+    if all(type(layer) in (DynamicLayer, GrowingLayer) for layer in cache.layers):
+        for layer, length in zip(cache.layers, lengths):
+            if length > kept:
+                layer.crop(kept - length)
+    elif any(length != kept for length in lengths):  # a static cache cannot be cropped
+        cache.reset()
+
+
+def common_prefix(a: Sequence, b: Sequence) -> int:
+    """Number of items at the beginning of `a` and `b` that are equal."""
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
