@@ -31,6 +31,8 @@ PASSED_THROUGH = {
     "output_attentions",
     "output_hidden_states",
     "return_dict",
+    # `generate`, for stop_strings
+    "tokenizer",
     # Trainer
     "num_items_in_batch",
     # packed sequences (DataCollatorWithFlattening), and continuous batching

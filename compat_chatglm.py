@@ -76,6 +76,12 @@ CONTINUOUS_BATCHING_TAKES_A_PREFIX = CACHE_NAME == "cache"  # which is added to 
 CHUNKS_CONTINUE_A_CACHE = RELEASE >= (5, 21)
 
 
+# Until 5.23: TextStreamer decodes each line by itself, and SentencePiece drops the first space of what it decodes. There,
+# `generate` gives it a tokenizer that knows the line before (`LineTokenizer`).
+
+STREAMED_LINES_LOSE_SPACES = RELEASE < (5, 24)
+
+
 # Every release so far: assisted decoding and prompt lookup put the whole prompt behind what the cache holds already. The
 # cache is emptied before.
 

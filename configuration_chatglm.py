@@ -89,7 +89,7 @@ class ChatGLMConfig(PreTrainedConfig):
     """
 
     model_type = "chatglm"
-    keys_to_ignore_at_inference = ["past_key_values", "cache"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "last_hidden_state"]
     attribute_map = {
         "head_dim": "kv_channels",
         "intermediate_size": "ffn_hidden_size",

@@ -22,6 +22,7 @@ from .checks_chatglm import check_prompt, check_room
 from .compat_chatglm import (
     CACHE_NAME,
     CHUNKS_CONTINUE_A_CACHE,
+    STREAMED_LINES_LOSE_SPACES,
     empty_for_assisted_decoding,
     name_cache_for_peft,
     rename_cache,
@@ -86,15 +87,16 @@ class ChatGLMGenerationMixin(GenerationMixin):
         if lengths and not is_assistant:
             is_mask = isinstance(mask, torch.Tensor) and mask.dim() == 2
             check_prompt(int(mask.sum(-1).max()) if is_mask else max(lengths), self.config)  # padding does not count
-        chunk_size = kwargs.get("prefill_chunk_size")
+        chunk_size, cache = kwargs.get("prefill_chunk_size"), kwargs.get(CACHE_NAME)
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"prefill_chunk_size must be at least 1, got {chunk_size}.")
-        if chunk_size is None and self.needs_the_whole_prompt(generation_config, kwargs):
+        starts_over = cache is not None and int(cache.get_seq_length()) > 0 and not CHUNKS_CONTINUE_A_CACHE
+        if starts_over or (chunk_size is None and self.needs_the_whole_prompt(generation_config, kwargs)):
             kwargs["prefill_chunk_size"] = None
         if ASSISTED_DECODING & kwargs.keys():
-            empty_for_assisted_decoding(kwargs.get(CACHE_NAME))
+            empty_for_assisted_decoding(cache)
         streamer = kwargs.get("streamer")
-        if isinstance(streamer, TextStreamer):
+        if isinstance(streamer, TextStreamer) and STREAMED_LINES_LOSE_SPACES:
             kwargs["streamer"] = streamer = copy.copy(streamer)
             streamer.tokenizer = LineTokenizer(streamer.tokenizer)
         return super().generate(inputs, generation_config, *args, **kwargs)
@@ -112,9 +114,9 @@ class ChatGLMGenerationMixin(GenerationMixin):
             values = [kwargs.get(name), *(getattr(config, name, None) for config in configs)]
             return next((value for value in values if value is not None), None)
 
-        cache = kwargs.get(CACHE_NAME)
-        continues_a_cache = cache is not None and int(cache.get_seq_length()) > 0
-        is_static = setting("cache_implementation") == "static" or getattr(cache, "is_compileable", False)
+        is_static = setting("cache_implementation") == "static" or getattr(
+            kwargs.get(CACHE_NAME), "is_compileable", False
+        )
         return (
             setting("use_cache") is False
             or kwargs.get("inputs_embeds") is not None
@@ -123,7 +125,6 @@ class ChatGLMGenerationMixin(GenerationMixin):
             or self.config.rope_parameters["rope_type"] in ("dynamic", "longrope")
             # Ranks that shard the weights would wait for each other, if their prompts take different numbers of chunks
             or (torch.distributed.is_available() and torch.distributed.is_initialized())
-            or (continues_a_cache and not CHUNKS_CONTINUE_A_CACHE)
             # The library would compile each length of a chunk
             or (is_static and (self.device.type != "cpu" or setting("compile_config") is not None))
             or prepares_inputs_elsewhere(self)  # PEFT would put its prompt before every chunk

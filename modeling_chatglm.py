@@ -6,6 +6,7 @@ Module and parameter names are those of the published checkpoint. Hidden states 
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -39,6 +40,10 @@ from .compat_chatglm import CACHE_NAME, CONTINUOUS_BATCHING_TAKES_A_PREFIX, upda
 from .configuration_chatglm import ChatGLMConfig
 from .generation_chatglm import ChatGLMGenerationMixin
 from .quantization import QUANT_METHOD, init_quantized, quantize
+
+# Not used here. Until 5.16, of a local folder the library copies only the files that this one imports.
+from .quantization_kernels import quantized_linear  # noqa: F401
+from .streaming_chatglm import TokenStreamer  # noqa: F401
 
 
 logger = logging.get_logger(__name__)
@@ -151,7 +156,11 @@ class RMSNorm(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         dtype = torch.promote_types(hidden_states.dtype, torch.float32)
         # Unlike LLaMA's, the weight multiplies before the downcast.
-        normed = nn.functional.rms_norm(hidden_states.to(dtype), self.weight.shape, self.weight.to(dtype), self.eps)
+        x, weight = hidden_states.to(dtype), self.weight.to(dtype)
+        if torch.jit.is_tracing():  # for torch's legacy ONNX export, which does not know rms_norm
+            normed = weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+        else:
+            normed = nn.functional.rms_norm(x, weight.shape, weight, self.eps)
         return normed.to(hidden_states.dtype)
 
     def extra_repr(self) -> str:
@@ -194,6 +203,12 @@ def eager_attention_forward(
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     output = torch.matmul(weights.view(batch, kv_heads, heads // kv_heads * q_len, kv_len), value)
     return output.view(batch, heads, q_len, head_dim).transpose(1, 2).contiguous(), weights
+
+
+def can_use_cpu_sdpa(query: torch.Tensor, attention_mask: torch.Tensor | None, kwargs: dict) -> bool:
+    is_one_mask = attention_mask is None or attention_mask.shape[1] == 1  # for all heads
+    has_cache_to_update = "cache" in kwargs
+    return query.device.type == "cpu" and is_one_mask and not has_cache_to_update and not torch.jit.is_tracing()
 
 
 def cpu_sdpa_forward(
@@ -289,10 +304,8 @@ class SelfAttention(nn.Module):
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        has_one_mask = attention_mask is None or attention_mask.shape[1] == 1
-        if self.config._attn_implementation == "sdpa" and query.device.type == "cpu" and has_one_mask:
-            if "cache" not in kwargs:  # which the library's function would update
-                attention_interface = cpu_sdpa_forward
+        if self.config._attn_implementation == "sdpa" and can_use_cpu_sdpa(query, attention_mask, kwargs):
+            attention_interface = cpu_sdpa_forward
         output, weights = attention_interface(
             self,
             query,
@@ -409,7 +422,7 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": GLMBlock, "attentions": SelfAttention}
-    _keys_to_ignore_on_load_unexpected = [r"rotary_pos_emb\.inv_freq$"]
+    _keys_to_ignore_on_load_unexpected = [r"rotary_pos_emb\.inv_freq$", r"output_layer\.weight$"]
 
     @classmethod
     def from_pretrained(cls, *args, device=None, empty_init=True, **kwargs):
@@ -685,6 +698,19 @@ def select_positions(hidden_states: torch.Tensor, keep: int | torch.Tensor) -> t
     return torch.take_along_dim(hidden_states, keep[..., None], dim=1)
 
 
+@dataclass
+class ChatGLMLMOutput(CausalLMOutputWithPast):
+    """
+    The library's output, with what sentence encoders read.
+
+    Args:
+        last_hidden_state: `[batch, seq, hidden]`, after the final norm. None in training, and where logits of some
+            positions only are asked for, as generation does: it would be held there for nothing.
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+
+
 @checked_on_newer_releases
 class ChatGLMForConditionalGeneration(ChatGLMGenerationMixin, ChatGLMPreTrainedModel):
     """
@@ -728,7 +754,7 @@ class ChatGLMForConditionalGeneration(ChatGLMGenerationMixin, ChatGLMPreTrainedM
         return_last_logit: bool = False,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
-    ) -> CausalLMOutputWithPast:
+    ) -> ChatGLMLMOutput:
         """
         Args:
             labels: `[batch, seq]`, -100 where there is no loss. They are shifted here: logits predict the next label.
@@ -749,17 +775,19 @@ class ChatGLMForConditionalGeneration(ChatGLMGenerationMixin, ChatGLMPreTrainedM
             use_cache=use_cache,
             **kwargs,
         )
+        is_whole = not return_last_logit and isinstance(logits_to_keep, int) and logits_to_keep == 0
         hidden_states = select_positions(outputs.last_hidden_state, 1 if return_last_logit else logits_to_keep)
         logits = self.transformer.output_layer(hidden_states)
 
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
+        return ChatGLMLMOutput(
             loss=loss,
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            last_hidden_state=hidden_states if labels is None and is_whole else None,
             **{CACHE_NAME: outputs[CACHE_NAME] if CACHE_NAME in outputs else None},
         )
 
@@ -774,8 +802,6 @@ class ChatGLMClassifier(ChatGLMPreTrainedModel):
         empty_init (`bool`): Accepted as in the published code, without effect.
         device: Where to put the model.
     """
-
-    _keys_to_ignore_on_load_unexpected = [r"rotary_pos_emb\.inv_freq$", r"output_layer\."]
 
     def __init__(self, config: ChatGLMConfig, empty_init: bool = True, device=None):
         super().__init__(config)

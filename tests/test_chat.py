@@ -4,7 +4,14 @@ import threading
 
 import pytest
 import torch
-from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, StaticCache
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StaticCache,
+    TextIteratorStreamer,
+)
 
 from conftest import SMALL
 
@@ -342,6 +349,21 @@ def test_prefix_tuned_rounds(small_model, tokenizer):
 # Batches
 
 
+@pytest.mark.parametrize("with_history", [False, True])
+def test_stream_inputs_continue_the_cache_of_the_history(model, tokenizer, with_history):
+    """`build_stream_inputs`: the ids of the newest round, which follow those of the rounds before."""
+    history = [("你好", "Hello"), ("b", "c")] if with_history else []
+    inputs = model.build_stream_inputs(tokenizer, "再见", history)
+    whole = model.build_inputs(tokenizer, "再见", history)["input_ids"][0].tolist()
+    new = inputs["input_ids"][0].tolist()
+    assert whole[-len(new) :] == new and inputs["attention_mask"].tolist() == [[1] * len(new)]
+    if with_history:
+        before = tokenizer.encode(tokenizer.build_prompt("b", history[:1]) + "c")
+        assert whole == before + new
+    else:
+        assert whole == new
+
+
 def test_batch_equals_single(model, tokenizer):
     histories = [[], [("a", "b"), ("c", "d")], None]
     responses, new_histories = model.chat(tokenizer, QUERIES, histories, **GREEDY)
@@ -503,3 +525,92 @@ def test_chatglm3_checkpoint(chatglm, tokenizer, logs):
 def test_errors_in_the_stream_reach_the_caller(model, tokenizer):
     with pytest.raises(ValueError, match="num_beams"):
         next(model.stream_chat(tokenizer, "a", num_beams=2))
+
+
+# Caches of other weights, training mode, and streamers of the library
+
+
+@pytest.mark.parametrize("change", ["trained", "another model", "quantized", "cast"])
+def test_cache_computed_with_other_weights_is_refused(small_model, tokenizer, change):
+    sizes = dict(padded_vocab_size=8064, seq_length=512)
+    model = small_model(11, **sizes)
+    _, history, cache = model.chat(tokenizer, "你好", return_past_key_values=True, **GREEDY)
+    if change == "trained":
+        with torch.no_grad():
+            model.transformer.encoder.layers[1].mlp.dense_4h_to_h.weight.mul_(1.01)
+    elif change == "another model":
+        model = small_model(12, **sizes)
+    elif change == "quantized":
+        model.quantize(8)
+    else:
+        model.bfloat16()
+    with pytest.raises(ValueError, match="computed with other weights"):
+        model.chat(tokenizer, "再见", history, past_key_values=cache, **GREEDY)
+    model.chat(tokenizer, "再见", history, **GREEDY)
+
+
+def test_chat_in_training_mode(small_model, tokenizer, chatglm, logs):
+    """With dropout or gradient checkpointing, which needs the cache, the answer would be nonsense."""
+    model = small_model(11, padded_vocab_size=8064, seq_length=512, hidden_dropout=0.5)
+    expected = model.chat(tokenizer, "你好", **GREEDY)
+    model.gradient_checkpointing_enable()
+    model.train()
+    chatglm.generation.logger.warning_once.cache_clear()
+    assert model.chat(tokenizer, "你好", **GREEDY) == expected
+    *_, streamed = model.stream_chat(tokenizer, "你好", **GREEDY)
+    assert streamed == expected
+    assert model.chat(tokenizer, ["你好"], **GREEDY)[0] == [expected[0]]
+    assert model.training and logs.text.count("in training mode") == 1
+
+
+def test_stop_strings(model, tokenizer):
+    whole = model.chat(tokenizer, "你好", do_sample=False, max_new_tokens=30)[0]
+    stop = whole[1]
+    expected = whole[: whole.index(stop) + 1].strip()
+    options = dict(do_sample=False, max_new_tokens=30)
+    assert model.chat(tokenizer, "你好", stop_strings=[stop], **options)[0].startswith(expected)
+    assert len(model.chat(tokenizer, "你好", stop_strings=[stop], **options)[0]) < len(whole)
+    *_, (streamed, _) = model.stream_chat(tokenizer, "你好", stop_strings=[stop], **options)
+    assert streamed == model.chat(tokenizer, "你好", stop_strings=[stop], **options)[0]
+    config = GenerationConfig(stop_strings=[stop], eos_token_id=2, pad_token_id=0, **options)
+    assert model.chat(tokenizer, "你好", generation_config=config)[0] == streamed
+
+
+def test_explicit_defaults_count_beside_a_generation_config(model, tokenizer):
+    config = GenerationConfig(do_sample=False, max_length=20, eos_token_id=2, pad_token_id=0)
+    short = model.chat(tokenizer, "你好", generation_config=config)[0]
+    long = model.chat(tokenizer, "你好", max_length=8192, generation_config=config, max_new_tokens=30)[0]
+    assert len(long) > len(short) and long.startswith(short)
+    torch.manual_seed(0)
+    config = GenerationConfig(do_sample=True, temperature=1e-4, max_new_tokens=8, eos_token_id=2, pad_token_id=0)
+    sampled = {model.chat(tokenizer, "你好", temperature=5.0, generation_config=config)[0] for _ in range(4)}
+    assert len(sampled) > 1
+
+
+class PlayedBack(LogitsProcessor):
+    """Makes `generate` write a given text."""
+
+    def __init__(self, ids, start):
+        self.ids, self.start = ids, start
+
+    def __call__(self, input_ids, scores):
+        forced = torch.full_like(scores, -torch.inf)
+        step = input_ids.shape[1] - self.start
+        forced[:, self.ids[step] if step < len(self.ids) else 2] = 0
+        return forced
+
+
+@pytest.mark.parametrize("text", ["def f():\n    return 1\n\n        x", "\n\n a\n  b", "你好\n  再见", "  a\n b"])
+def test_streamed_lines_keep_their_spaces(model, tokenizer, text):
+    """The library's streamers decode line by line, and SentencePiece drops the first space of what it decodes."""
+    inputs = model.build_inputs(tokenizer, "你好")
+    processors = LogitsProcessorList(
+        [PlayedBack(tokenizer.encode(text, add_special_tokens=False), inputs["input_ids"].shape[1])]
+    )
+    for _ in range(2):
+        streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        ids = model.generate(
+            **inputs, streamer=streamer, logits_processor=processors, max_new_tokens=40, do_sample=False
+        )
+        assert "".join(streamer) == text
+        assert tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True) == text

@@ -308,3 +308,84 @@ def test_weights_of_another_model(write_checkpoint, tmp_path, logs):
     save_file({"model.layers.0.mlp.weight": torch.ones(2, 2)}, folder / "model.safetensors", {"format": "pt"})
     load(folder)
     assert "MISSING" in logs.text and "UNEXPECTED" in logs.text
+
+
+def test_published_weights_load_by_load_state_dict(chatglm, model, tmp_path):
+    """`inv_freq` is in published checkpoints. It is ignored, and written again, by every model."""
+    published = {**model.state_dict(), "transformer.rotary_pos_emb.inv_freq": torch.zeros(2).half()}
+    fresh = chatglm.ChatGLMForConditionalGeneration(model.config)
+    assert str(fresh.load_state_dict(published)) == "<All keys matched successfully>"
+    same(fresh, model)
+    assert "transformer.rotary_pos_emb.inv_freq" in published  # the caller's dict is left alone
+    network = {name.removeprefix("transformer."): tensor for name, tensor in published.items()}
+    assert str(chatglm.ChatGLMModel(model.config).load_state_dict(network)) == "<All keys matched successfully>"
+    for saved, name in ((model, "transformer.rotary_pos_emb.inv_freq"), (model.transformer, "rotary_pos_emb.inv_freq")):
+        saved.save_pretrained(tmp_path)
+        inv_freq = load_file(tmp_path / "model.safetensors")[name]
+        assert torch.equal(inv_freq, saved.base_model.rotary_pos_emb.inv_freq)
+
+
+@pytest.mark.parametrize("head", ["Sequence", "Token"])
+def test_classifier_head_has_two_names(chatglm, small_model, tmp_path, head):
+    """`score` in the model, where other libraries look for it; `classifier_head` in files, as published."""
+    model_class = getattr(chatglm, f"ChatGLMFor{head}Classification")
+    model = small_model(3, model_class=model_class, num_labels=3)
+    assert list(dict(model.named_children())) == ["transformer", "dropout", "score"]
+    assert model.classifier_head is model.score
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert {name for name in saved if "transformer" not in name} == {"classifier_head.weight", "classifier_head.bias"}
+    loaded, info = model_class.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    same(loaded, model)
+    fresh = small_model(4, model_class=model_class, num_labels=3)
+    fresh.load_state_dict(saved)
+    same(fresh, model)
+
+
+def test_peft_trains_and_saves_the_classifier_head(chatglm, small_model, tmp_path):
+    peft = pytest.importorskip("peft")
+    base = small_model(3, model_class=chatglm.ChatGLMForSequenceClassification, num_labels=3)
+    base.save_pretrained(tmp_path / "base")
+    model = peft.get_peft_model(base, peft.LoraConfig(task_type="SEQ_CLS"))
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad and "lora" not in name]
+    assert [name.rsplit(".", 1)[-1] for name in trainable] == ["weight", "bias"] and all(
+        "score" in n for n in trainable
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in trainable:
+                parameter.normal_()
+    model.save_pretrained(tmp_path / "adapter")
+    again = chatglm.ChatGLMForSequenceClassification.from_pretrained(tmp_path / "base")
+    again = peft.PeftModel.from_pretrained(again, tmp_path / "adapter")
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        close = torch.allclose(again.eval()(ids).logits, model.eval()(ids).logits, atol=1e-5)
+        assert close and not torch.allclose(model(ids).logits, base.base_model(ids).last_hidden_state.sum() * 0)
+
+
+def test_language_model_as_an_encoder(model):
+    """sentence-transformers reads `last_hidden_state`; generation and training do not hold it in memory."""
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        output, network = model(ids), model.transformer(ids)
+    assert torch.equal(output.last_hidden_state, network.last_hidden_state)
+    assert output[0] is output.logits
+    assert model(ids, logits_to_keep=1).last_hidden_state is None
+    assert model(ids, return_last_logit=True).last_hidden_state is None
+    assert model(ids, labels=ids).last_hidden_state is None
+    assert "last_hidden_state" in model.config.keys_to_ignore_at_inference  # Trainer would gather it
+    tokenizer = AutoTokenizer.from_pretrained(TINY, trust_remote_code=True)
+    tiny = load(TINY)
+    features = pipeline("feature-extraction", model=tiny.transformer, tokenizer=tokenizer)
+    assert len(features("你好")[0][0]) == tiny.config.hidden_size
+
+
+def test_entry_file_imports_every_module(checkpoint):
+    """Until 5.16, of a local folder the library copies only the files that the entry file imports."""
+    from transformers.dynamic_module_utils import get_relative_import_files, get_relative_imports
+
+    entry = checkpoint / "modeling_chatglm.py"
+    needed = {path.rsplit("/", 1)[-1].removesuffix(".py") for path in map(str, get_relative_import_files(entry))}
+    assert needed == set(get_relative_imports(entry))

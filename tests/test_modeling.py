@@ -726,3 +726,74 @@ def test_sdpa_of_groups_equals_eager(small_model, masked, new, dtype):
             logits[implementation] = model(ids[:, -new:], attention_mask=mask, past_key_values=cache).logits
     error = (logits["sdpa"] - logits["eager"]).abs().max() / logits["eager"].abs().max()
     assert error < 16 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
+def test_traced_equals_eager(small_model, attn_implementation):
+    """TorchScript, by which torch's legacy ONNX export and OpenVINO's converter read a model."""
+    model = small_model(attn_implementation=attn_implementation)
+
+    class Logits(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids, mask):
+            return self.model(ids, attention_mask=mask, use_cache=False).logits
+
+    ids, mask = left_padded(random_ids(model, 2, 7), (7, 4))
+    with torch.no_grad():
+        traced = torch.jit.trace(Logits(), (ids, mask), check_trace=False)
+        longer, longer_mask = left_padded(random_ids(model, 3, 11), (11, 2, 6))
+        for inputs in ((ids, mask), (longer, longer_mask)):
+            close(traced(*inputs)[inputs[1].bool()], Logits()(*inputs)[inputs[1].bool()])
+
+
+def test_early_exit_decoding(small_model):
+    model = small_model(5, num_layers=4)
+    ids = random_ids(model, 1, 6)
+    expected = model.generate(ids, do_sample=False, max_new_tokens=8)
+    assert torch.equal(model.generate(ids, assistant_early_exit=2, do_sample=False, max_new_tokens=8), expected)
+    assert model.config.num_layers == 4
+
+
+@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("options", [{}, dict(prefill_chunk_size=4), dict(cache_implementation="static")], ids=str)
+def test_prefix_is_seen_whatever_the_cache(small_model, attn_implementation, options):
+    """P-Tuning: the logits of each step are those of a forward over the whole text, and the cache holds tokens only."""
+    model = small_model(5, pre_seq_len=3, attn_implementation=attn_implementation)
+    ids, mask = left_padded(random_ids(model, 2, 9), (9, 5))
+    output = model.generate(
+        ids, attention_mask=mask, do_sample=False, max_new_tokens=4, eos_token_id=None, output_logits=True,
+        return_dict_in_generate=True, **options
+    )  # fmt: skip
+    for row, length in ((0, 9), (1, 5)):
+        whole = output.sequences[row : row + 1, 9 - length : -1]
+        with torch.no_grad():
+            expected = model(whole, use_cache=False).logits[0, -4:]
+        close(torch.stack(output.logits, dim=1)[row], expected)
+    assert int(output.past_key_values.get_seq_length()) == 9 + 3
+
+
+def test_prefix_with_continuous_batching(small_model, chatglm):
+    from transformers import GenerationConfig
+
+    model = small_model(5, pre_seq_len=3, seq_length=256)
+    prompts = [random_ids(model, n, seed=n).tolist() for n in (5, 11)]
+    config = GenerationConfig(do_sample=False, max_new_tokens=6, eos_token_id=-1, pad_token_id=0)
+    if not chatglm.compat.CONTINUOUS_BATCHING_TAKES_A_PREFIX:
+        with pytest.raises(ValueError, match="needs Transformers 5.24"):
+            model(torch.tensor(prompts[:1]), cache=object(), position_ids=torch.arange(5)[None])
+        return
+    outputs = model.generate_batch(inputs=prompts, generation_config=config, progress_bar=False)
+    outputs = sorted(outputs.values(), key=lambda output: int(output.request_id.split("_")[-1]))
+    model.set_attn_implementation("sdpa")
+    for prompt, output in zip(prompts, outputs, strict=True):
+        single = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=6, eos_token_id=None)
+        assert output.generated_tokens == single[0, len(prompt) :].tolist()
+
+
+def test_prefix_with_flex_attention_is_refused(small_model):
+    model = small_model(pre_seq_len=3, attn_implementation="flex_attention")
+    with pytest.raises(ValueError, match="'flex_attention' does not work with a P-Tuning prefix"):
+        model(random_ids(model, 1, 5))
