@@ -1,32 +1,35 @@
-"""Tokenizer: SentencePiece's ids and text exactly, the prompt format, and special tokens that no user can type."""
+"""Tokenizer: SentencePiece's ids and text exactly, special tokens that no user can type, files, threads."""
 
+import copy
+import gc
 import json
+import logging
 import pickle
+import random
 import shutil
+import threading
+import weakref
 
 import pytest
 import sentencepiece
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from transformers import AddedToken, AutoTokenizer, TextIteratorStreamer
+from tokenizers import Tokenizer
+from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast, TextIteratorStreamer
 
 from conftest import ROOT, TINY
 
 
-RENDERED = "[gMASK]sop[Round 1]\n\n问："
+PREFIX = "[gMASK]sop"
 SPECIAL = ["[MASK]", "[gMASK]", "[sMASK]", "sop", "eop", "</s>", "<s>", "<unk>", "<0x0A>"]
+PARTS = [*SPECIAL, "▁", " ", "  ", "\n", "\t", "\r\n", "你好", "[Round 1]\n\n问：", "\n\n答：", "👩‍👩‍👧", "１２", "ﬁ"]
 # Any Unicode but lone surrogates, with what is special here made likely.
 texts = st.lists(
-    st.one_of(
-        st.text(st.characters(exclude_categories=["Cs"]), max_size=12),
-        st.sampled_from(
-            SPECIAL
-            + ["▁", " ", "  ", "\n", "\t", "\r\n", "你好", "[Round 1]\n\n问：", "\n\n答：", "👩‍👩‍👧", "１２", "ﬁ"]
-        ),
-    ),
+    st.one_of(st.text(st.characters(exclude_categories=["Cs"]), max_size=12), st.sampled_from([*PARTS, PREFIX])),
     max_size=8,
 ).map("".join)
+plain_texts = texts.filter(lambda text: not text.startswith(PREFIX))
 
 
 @pytest.fixture(scope="module", params=["tiny", "real"])
@@ -64,33 +67,76 @@ def test_reference_vectors(real_tokenizer, shared):
 
 
 @settings(max_examples=300, deadline=None)
-@given(text=texts)
+@given(text=plain_texts)
 def test_equals_sentencepiece(tokenizer, text):
-    assume(not text.startswith("[gMASK]sop[Round 1]\n\n问："))  # a whole rendered chat, the documented exception
-    sp = tokenizer.tokenizer.sp_model
+    sp, prefix = tokenizer.sp_model, tokenizer.get_prefix_tokens()
     ids = sp.encode(text)
     assert tokenizer.encode(text, add_special_tokens=False) == ids
-    assert tokenizer(text)["input_ids"] == tokenizer.get_prefix_tokens() + ids
+    assert tokenizer(text)["input_ids"] == tokenizer.build_inputs_with_special_tokens(ids) == prefix + ids
     assert tokenizer.tokenize(text) == sp.id_to_piece(ids)
-    assert tokenizer.decode(ids) == sp.decode(ids)
-    assert tokenizer([text], [text])["input_ids"] == [tokenizer.get_prefix_tokens() + ids + ids + [2]]
+    assert tokenizer.decode(ids) == tokenizer.decode(prefix + ids + [2]) == sp.decode(ids)
+    assert tokenizer.convert_tokens_to_string(sp.id_to_piece(ids)) == sp.decode(ids)
+    pair = tokenizer.build_inputs_with_special_tokens(ids, ids)
+    assert tokenizer([text], [text])["input_ids"] == [pair] == [prefix + ids + ids + [2]]
+
+
+@settings(max_examples=200, deadline=None)
+@given(body=texts, other=plain_texts, add_special_tokens=st.booleans())
+def test_rendered_chat(tokenizer, body, other, add_special_tokens):
+    """The prefix, and `</s>` at the very end, become tokens; what is between is text. Other texts beside it are plain."""
+    assume(not body.endswith("</s>"))
+    sp, prefix = tokenizer.sp_model, tokenizer.get_prefix_tokens()
+    rows = [PREFIX + body, other, PREFIX + body + "</s>"]
+    expected = [
+        prefix + sp.encode(body),
+        prefix * add_special_tokens + sp.encode(other),
+        prefix + sp.encode(body) + [2],
+    ]
+    assert tokenizer(rows, add_special_tokens=add_special_tokens)["input_ids"] == expected
+    for row, ids in zip(rows, expected):
+        assert tokenizer.encode(row, add_special_tokens=add_special_tokens) == ids
 
 
 @settings(max_examples=200, deadline=None)
 @given(ids=st.lists(st.one_of(st.integers(3, 258), st.integers(3, 7999)), max_size=12))
 def test_decodes_any_ids_as_sentencepiece(tokenizer, ids):
     """Also runs of bytes that are no valid UTF-8."""
-    assert tokenizer.decode(ids) == tokenizer.tokenizer.sp_model.decode(ids)
+    assert tokenizer.decode(ids) == tokenizer.sp_model.decode(ids)
 
 
 def test_decodes_every_id(real_tokenizer):
-    sp = real_tokenizer.tokenizer.sp_model
+    sp = real_tokenizer.sp_model
     special = {0, *range(64789, 65024), 1, 2}
     for i in range(65024):
-        assert real_tokenizer.decode([i], skip_special_tokens=True) == ("" if i in special else sp.decode([i])), i
-    assert real_tokenizer.decode([2]) == "</s>"
+        assert real_tokenizer.decode([i]) == ("" if i in special else sp.decode([i])), i
     assert real_tokenizer.convert_ids_to_tokens([64790, 64794, 65023, -1]) == ["[gMASK]", "", "", ""]
+    assert real_tokenizer.convert_ids_to_tokens([64790, 13], skip_special_tokens=True) == ["<0x0A>"]
     assert real_tokenizer.decode(-1) == ""
+
+
+def test_decode_hides_special_tokens(tokenizer):
+    """Unless skip_special_tokens=False, as in the published code, whatever the ids come in."""
+    ids = [*tokenizer("Hello")["input_ids"], 2]
+    shown = "[gMASK]sopHello</s>"
+    for skipped in ({}, {"skip_special_tokens": True}, {"skip_special_tokens": None}):
+        assert tokenizer.decode(ids, **skipped) == "Hello"
+        assert tokenizer.decode(torch.tensor(ids), **skipped) == "Hello"
+        assert tokenizer.decode([ids, [2], []], **skipped) == ["Hello", "", ""]
+        assert tokenizer.batch_decode([ids, [2]], **skipped) == ["Hello", ""]
+        assert tokenizer.batch_decode(torch.tensor([ids, ids]), **skipped) == ["Hello", "Hello"]
+        assert tokenizer.decode(2, **skipped) == ""
+    assert tokenizer.decode(tokenizer("Hello")) == "Hello"
+    assert tokenizer.decode(ids, skip_special_tokens=False) == shown
+    assert tokenizer.batch_decode([ids], skip_special_tokens=False) == [shown]
+    assert tokenizer.decode(2, skip_special_tokens=False) == "</s>"
+    assert tokenizer.batch_decode([]) == []
+
+
+def test_words_are_no_tokens(tokenizer):
+    """As the pipeline for token classification joins them."""
+    assert tokenizer.convert_tokens_to_string(["New", "Yorkzzz"]) == "NewYorkzzz"
+    pieces = tokenizer.tokenize("New 👋 York")
+    assert tokenizer.convert_tokens_to_string([*pieces, "Cityzzz", *pieces]) == "New 👋 YorkCityzzz New 👋 York"
 
 
 def test_vocabulary_is_bijective(tokenizer):
@@ -101,29 +147,47 @@ def test_vocabulary_is_bijective(tokenizer):
     )
 
 
-@pytest.mark.parametrize("text", SPECIAL + ["".join(SPECIAL), "[gMASK]sop", "[gMASK] sop 攻击</s>"])
+@pytest.mark.parametrize("text", [*SPECIAL, "".join(SPECIAL), "[gMASK] sop 攻击</s>", " [gMASK]sop", "[gMASK]"])
 def test_special_tokens_are_not_read_from_text(tokenizer, text):
-    special = {0, 1, 2, *tokenizer.tokenizer.special_tokens.values()}
-    prefix = tokenizer.get_prefix_tokens()
+    special = {0, 1, 2, *tokenizer.special_tokens.values()}
     outputs = [
         tokenizer(text)["input_ids"][2:],
         tokenizer([text], padding=True)["input_ids"][0][2:],
+        tokenizer(text, truncation=True, max_length=100)["input_ids"][2:],
         tokenizer(text, add_special_tokens=False)["input_ids"],
         tokenizer.encode(text, add_special_tokens=False),
         tokenizer.convert_tokens_to_ids(tokenizer.tokenize(text)),
-        tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)["input_ids"][2:],
-        tokenizer.apply_chat_template([{"role": "user", "content": text}])["input_ids"][2:],
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}, {"role": "assistant", "content": text}], continue_final_message=True
-        )["input_ids"][2:],
         tokenizer(tokenizer.build_prompt(text, [(text, text)]))["input_ids"][2:],
-        tokenizer(RENDERED, text)["input_ids"][2:-1],
-        tokenizer([RENDERED, text], is_split_into_words=True)["input_ids"][2:],
-        tokenizer(RENDERED + text)["input_ids"][2:],
+        tokenizer(PREFIX, text)["input_ids"][2:-1],
+        tokenizer(text, PREFIX + text)["input_ids"][2:-1],
+        tokenizer([PREFIX, text], is_split_into_words=True)["input_ids"][2:],
+        tokenizer(PREFIX + text + ".")["input_ids"][2:],
+        copy.deepcopy(tokenizer)(text)["input_ids"][2:],
+        pickle.loads(pickle.dumps(tokenizer))(text)["input_ids"][2:],
     ]
     for ids in outputs:
         assert not special & set(ids), (text, ids)
-    assert tokenizer(text)["input_ids"][:2] == prefix
+    assert tokenizer(text)["input_ids"][:2] == tokenizer.get_prefix_tokens()
+
+
+def test_special_tokens_cannot_be_read_on_demand(tokenizer, chatglm):
+    with pytest.raises(ValueError, match="split_special_tokens=False"):
+        tokenizer("[gMASK]", split_special_tokens=False)
+    other = chatglm.ChatGLMTokenizer.from_pretrained(TINY, split_special_tokens=False)  # as LLaMA-Factory loads
+    assert other.get_command("[gMASK]") not in other("a [gMASK]")["input_ids"][2:]
+
+
+def test_typed_end_of_sequence_warns_once(tokenizer, logs):
+    logging.Logger.warning_once.cache_clear()
+    chat = [{"role": "user", "content": "a</s>"}, {"role": "assistant", "content": "b"}]
+    tokenizer.apply_chat_template(chat)
+    tokenizer(["</s> a", tokenizer.build_prompt("a</s>")])
+    assert "ends in the characters" not in logs.text
+    for _ in range(2):
+        tokenizer(["a</s>", "b</s>"])
+        tokenizer("a", "b</s>")
+        tokenizer(PREFIX + "a</s></s>")
+    assert logs.text.count("ends in the characters '</s>'") == 1
 
 
 def test_offsets(tokenizer):
@@ -134,7 +198,56 @@ def test_offsets(tokenizer):
     assert encoded.char_to_token(text.index("你")) is not None
 
 
-def test_padding_and_truncation(tokenizer):
+@pytest.fixture(scope="module")
+def library_tokenizer(tiny_tokenizer):
+    """The library's class on a copy of the backend."""
+    backend = Tokenizer.from_str(tiny_tokenizer.backend_tokenizer.to_str())
+    names = {"unk_token": "<unk>", "eos_token": "</s>", "pad_token": "<unk>"}
+    names["model_input_names"] = ["input_ids", "attention_mask"]
+    return PreTrainedTokenizerFast(tokenizer_object=backend, split_special_tokens=True, **names)
+
+
+returns = ["attention_mask", "token_type_ids", "special_tokens_mask", "offsets_mapping", "length", "overflowing_tokens"]
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_options_equal_the_library(tiny_tokenizer, library_tokenizer, data):
+    """Padding, truncation and what is returned, for texts, pairs, words and batches of them."""
+    options = {f"return_{name}": True for name in data.draw(st.sets(st.sampled_from(returns)))}
+    options["add_special_tokens"] = data.draw(st.booleans())
+    options["padding"] = data.draw(st.sampled_from([False, "longest", "max_length"]))
+    options["pad_to_multiple_of"] = data.draw(st.sampled_from([None, 4]))
+    options["padding_side"] = data.draw(st.sampled_from([None, "left", "right"]))
+    options["truncation"] = data.draw(st.sampled_from([False, "longest_first"]))
+    options["max_length"] = data.draw(st.sampled_from([4, 8, 20]))
+    options["is_split_into_words"] = data.draw(st.booleans())
+    row = st.lists(plain_texts, min_size=1, max_size=4) if options["is_split_into_words"] else plain_texts
+    kind = data.draw(st.sampled_from(["single", "batch", "pairs"]))
+    inputs = (data.draw(row),) if kind == "single" else (data.draw(st.lists(row, min_size=1, max_size=3)),)
+    if kind == "pairs":
+        inputs += ([data.draw(row) for _ in inputs[0]],)
+    else:  # pairs that the backend cuts to less than the stride make it panic
+        options["stride"] = data.draw(st.sampled_from([0, 1]))
+    side = data.draw(st.sampled_from(["left", "right"]))
+    tiny_tokenizer.truncation_side = library_tokenizer.truncation_side = side
+    library_tokenizer.padding_side = "left"
+    output, expected = tiny_tokenizer(*inputs, **options), library_tokenizer(*inputs, **options)
+    tiny_tokenizer.truncation_side = "right"
+    positions = output.pop("position_ids")
+    assert dict(output) == dict(expected)
+    assert [e.offsets for e in output.encodings] == [e.offsets for e in expected.encodings]
+    assert [e.sequence_ids for e in output.encodings] == [e.sequence_ids for e in expected.encodings]
+    if kind == "single" and not options.get("return_overflowing_tokens"):
+        positions = [positions]
+    for encoding, row in zip(output.encodings, positions, strict=True):
+        attended = [position for position, is_attended in zip(row, encoding.attention_mask) if is_attended]
+        assert attended == list(range(len(attended))) and sum(row) == sum(attended)
+    backend = tiny_tokenizer.backend_tokenizer
+    assert backend.padding is None and backend.truncation is None
+
+
+def test_padding(tokenizer):
     short, long = tokenizer("hi")["input_ids"], tokenizer("hello there, world")["input_ids"]
     n = len(long) - len(short)
     left = tokenizer(["hi", "hello there, world"], padding=True)
@@ -143,74 +256,107 @@ def test_padding_and_truncation(tokenizer):
     assert right["input_ids"][0] == short + [0] * n
     assert right["attention_mask"][0] == [1] * len(short) + [0] * n
     assert right["position_ids"][0] == [*range(len(short)), *[0] * n]
-    padded = tokenizer.pad({"input_ids": [short, long]}, return_tensors="pt")
-    assert padded["position_ids"].tolist() == left["position_ids"]
-    assert tokenizer("hello there, world", truncation=True, max_length=4)["input_ids"] == long[:4]
-    rendered = tokenizer.apply_chat_template([{"role": "user", "content": "x " * 50}], tokenize=False)
-    truncated = tokenizer(rendered, truncation=True, max_length=9)["input_ids"]
-    assert len(truncated) == 9 and truncated[:2] == tokenizer.get_prefix_tokens()
-    assert len(tokenizer(["hi"], padding=True, pad_to_multiple_of=16)["input_ids"][0]) == 16
+    for side, expected in ((None, left), ("right", right)):
+        padded = tokenizer.pad({"input_ids": [short, long]}, return_tensors="pt", padding_side=side)
+        assert padded["position_ids"].tolist() == expected["position_ids"]
+        again = tokenizer.pad(tokenizer(["hi", "hello there, world"]), padding_side=side)
+        assert dict(again) == dict(expected)
+    own = tokenizer.pad({"input_ids": [[5, 6], [7]], "position_ids": [[3, 4], [9]]})
+    assert own["position_ids"] == [[3, 4], [0, 9]]
 
 
-contents = st.one_of(texts, st.just("[gMASK]sop[Round 1]\n\n问：x</s>"))
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_truncation_keeps_the_prefix(tokenizer, side):
+    prefix = tokenizer.get_prefix_tokens()
+    text = "[Round 1]\n\n问：" + "x " * 50
+    tokenizer.truncation_side = side
+    try:
+        for row in (text, PREFIX + text, PREFIX + text + "</s>"):
+            ids = tokenizer(row)["input_ids"]
+            cut = tokenizer([row], truncation=True, max_length=9)["input_ids"][0]
+            assert cut == prefix + (ids[2:9] if side == "right" else ids[-7:])
+        for n in (0, 1, 2):
+            for row in (text, PREFIX + text):
+                assert tokenizer(row, truncation=True, max_length=n)["input_ids"] == prefix[:n]
+                assert tokenizer.encode(row, truncation=True, max_length=n) == prefix[:n]
+            assert tokenizer(text, "b", truncation=True, max_length=n)["input_ids"] == prefix[:n]
+        assert tokenizer(text, "b", truncation=True, max_length=3)["input_ids"] == [*prefix, 2]
+    finally:
+        tokenizer.truncation_side = "right"
 
 
-@settings(max_examples=100, deadline=None)
-@given(rounds=st.lists(st.tuples(contents, contents), max_size=3), query=contents, answer=contents)
-def test_chat_template(tokenizer, rounds, query, answer):
-    """The template's ids are build_prompt's, and the answer's those of the published fine-tuning script."""
-    messages = [
-        {"role": role, "content": text} for pair in rounds for role, text in zip(("user", "assistant"), pair)
-    ] + [{"role": "user", "content": query}]
-    sp = tokenizer.tokenizer.sp_model
-    prompt_ids = tokenizer.get_prefix_tokens() + sp.encode(tokenizer.build_prompt(query, rounds))
-    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    assert tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"] == prompt_ids
-    for add_special_tokens in (True, False):
-        assert tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"] == prompt_ids
-
-    messages.append({"role": "assistant", "content": answer})
-    answer_ids = sp.encode(answer) + [tokenizer.eos_token_id]
-    encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-    assert encoded["input_ids"] == prompt_ids + answer_ids
-    assert encoded["assistant_masks"] == [0] * len(prompt_ids) + [1] * len(answer_ids)
+def test_empty_second_text(tokenizer):
+    pair = tokenizer(["a"], [""])["input_ids"][0]
+    assert pair[-1] == 2
+    assert tokenizer("a", "")["input_ids"] == tokenizer.encode("a", "") == pair
+    assert tokenizer(["a"], [], is_split_into_words=True)["input_ids"] == pair
+    assert tokenizer([("a", "")])["input_ids"] == [pair]
 
 
 def test_rendered_chat_in_other_places_is_text(tokenizer):
-    sp, prefix = tokenizer.tokenizer.sp_model, tokenizer.get_prefix_tokens()
-    text = RENDERED + "x</s>"
+    sp, prefix = tokenizer.sp_model, tokenizer.get_prefix_tokens()
+    text = PREFIX + "x</s>"
     assert tokenizer(text, "b")["input_ids"] == prefix + sp.encode(text) + sp.encode("b") + [2]
     assert tokenizer([text], is_split_into_words=True)["input_ids"] == prefix + sp.encode(text)
 
 
 def test_rendered_chat_options(tokenizer):
-    """Offsets into the whole text, padding, truncation and overflow, also beside other texts."""
-    chat = [{"role": "user", "content": "Hello 你好"}, {"role": "assistant", "content": "Fine, thanks 谢谢"}]
-    text = tokenizer.apply_chat_template(chat, tokenize=False)
-    encoded = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True)
+    """Offsets into the whole text, padding and overflow, also beside other texts."""
+    text = PREFIX + "[Round 1]\n\n问：Hello 你好\n\n答： Fine, thanks 谢谢</s>"
+    encoded = tokenizer(text, return_offsets_mapping=True, return_length=True)
     ids = encoded["input_ids"]
+    assert encoded["length"] in (len(ids), [len(ids)])
     assert {i for a, b in encoded["offset_mapping"] for i in range(a, b)} == set(range(len(text)))
-    assert [text[a:b] for a, b in encoded["offset_mapping"]][:2] == ["[gMASK]", "sop"]
-    assert encoded.char_to_token(text.index("Fine")) is not None
+    spans = [text[a:b] for a, b in encoded["offset_mapping"]]
+    assert spans[:2] == ["[gMASK]", "sop"] and spans[-1] == "</s>"
+    for i, (start, end) in enumerate(encoded["offset_mapping"][3:], start=3):
+        assert encoded.char_to_token(start) <= i and (end > start) == bool(spans[i])
     assert encoded.char_to_token(len(text) - 1) == len(ids) - 1
     batch = tokenizer([text, "Hello"], padding=True, padding_side="right", pad_to_multiple_of=8)
     plain = tokenizer("Hello")["input_ids"]
     n = len(batch["input_ids"][0])
     assert n % 8 == 0 and batch["input_ids"] == [ids + [0] * (n - len(ids)), plain + [0] * (n - len(plain))]
     assert batch["attention_mask"][1] == [1] * len(plain) + [0] * (n - len(plain))
-    mixed = tokenizer([text, "Hello"], add_special_tokens=False)["input_ids"]
-    assert mixed == [ids, plain[2:]]
-    for side, rest in (("right", ids[2:12]), ("left", ids[-10:])):
-        tokenizer.truncation_side = side
-        assert tokenizer(text, truncation=True, max_length=12)["input_ids"] == ids[:2] + rest
-    tokenizer.truncation_side = "right"
-    parts = tokenizer(text, truncation=True, max_length=12, return_overflowing_tokens=True)
-    assert parts["input_ids"][0] == ids[:12] and sum(map(len, parts["input_ids"])) >= len(ids)
-    assert tokenizer([text, text], return_tensors="pt")["input_ids"].shape == (2, len(ids))
+    parts = tokenizer(text, truncation=True, max_length=12, stride=3, return_overflowing_tokens=True)["input_ids"]
+    assert parts[0] == ids[:12] and all(part[:2] == ids[:2] for part in parts)
+    assert parts[1][2:5] == ids[9:12] and parts[-1][-1] == 2
+    assert tokenizer([text, text], return_tensors="pt")["input_ids"].tolist() == [ids, ids]
+
+
+def test_threads_do_not_share_settings(tiny_tokenizer):
+    rows = ["hello there, my friend", "a", PREFIX + "[Round 1]\n\n问：hi\n\n答： x</s>", "long text " * 30]
+    options = [
+        {},
+        {"truncation": True, "max_length": 7},
+        {"padding": "max_length", "max_length": 50},
+        {"truncation": True, "max_length": 12, "stride": 2, "return_overflowing_tokens": True},
+        {"padding": True, "add_special_tokens": False},
+    ]
+    calls = [([row, rows[0]], kwargs) for row in rows for kwargs in options]
+    expected = [dict(tiny_tokenizer(row, **kwargs)) for row, kwargs in calls]
+    wrong = []
+
+    def run(seed):
+        chosen = random.Random(seed)
+        for i in (chosen.randrange(len(calls)) for _ in range(1000)):
+            try:
+                output = dict(tiny_tokenizer(calls[i][0], **calls[i][1]))
+            except BaseException as error:
+                output = error
+            if output != expected[i]:
+                wrong.append((calls[i], output))
+
+    threads = [threading.Thread(target=run, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
 
 
 def test_empty_batch(tokenizer):
-    assert dict(tokenizer([])) == {"input_ids": [], "attention_mask": [], "position_ids": []}
+    for options in ({}, {"padding": True}, {"truncation": True, "max_length": 3}):
+        assert dict(tokenizer([], **options)) == {"input_ids": [], "attention_mask": [], "position_ids": []}
 
 
 def test_tokens_of_programs(tokenizer, chatglm, tmp_path):
@@ -222,48 +368,10 @@ def test_tokens_of_programs(tokenizer, chatglm, tmp_path):
     assert token.special  # the caller's object is left alone
     ids = other("call <|tool|> [gMASK]")["input_ids"]
     assert len(tokenizer) in ids and tokenizer.get_command("[gMASK]") not in ids[1:]
-    assert other.decode(ids) == "[gMASK]sop" + "call <|tool|> [gMASK]"
-    assert other.decode(ids, skip_special_tokens=True) == "call  [gMASK]"
+    assert other.decode(ids, skip_special_tokens=False) == "[gMASK]sop" + "call <|tool|> [gMASK]"
+    assert other.decode(ids) == "call  [gMASK]"
+    assert other("call <|tool|>", truncation=True, max_length=20)["input_ids"] == other("call <|tool|>")["input_ids"]
     assert pickle.loads(pickle.dumps(other))("a <|tool|>") == other("a <|tool|>")
-
-
-def test_chat_template_batch_masks(tokenizer):
-    """Padding on the right is not part of an answer."""
-    chats = [[{"role": "user", "content": "a"}, {"role": "assistant", "content": c}] for c in ("b", "c c c c c")]
-    kwargs = dict(return_dict=True, return_assistant_tokens_mask=True, padding=True)
-    for options in ({}, {"return_tensors": "pt"}):
-        encoded = tokenizer.apply_chat_template(chats, tokenizer_kwargs={"padding_side": "right"}, **kwargs, **options)
-        masks, attention = encoded["assistant_masks"], encoded["attention_mask"]
-        for mask, attended, ids in zip(masks, attention, encoded["input_ids"]):
-            assert all(m <= a for m, a in zip(mask, attended))
-            assert [int(i) for i, m in zip(ids, mask) if m][-1] == 2
-
-
-def test_system_message_and_parts(tokenizer):
-    messages = [
-        {"role": "system", "content": "Be brief. "},
-        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
-    ]
-    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    assert text == "[gMASK]sop[Round 1]\n\n问：Be brief. ab\n\n答："
-
-
-@pytest.mark.parametrize(
-    "messages",
-    [
-        [{"role": "assistant", "content": "a"}],
-        [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}],
-        [{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}],
-        [{"role": "user", "content": [{"type": "image"}]}],
-        [{"role": "system", "content": "a"}],
-        [{"role": "user", "content": None}],
-        [{"role": "user", "content": 5}],
-        [{"role": "user", "content": "a"}, {"role": "assistant"}],
-    ],
-)
-def test_bad_messages(tokenizer, messages):
-    with pytest.raises(Exception, match="roles must alternate|reads text only|system message only|must be a string"):
-        tokenizer.apply_chat_template(messages)
 
 
 def test_streaming_decode(tokenizer):
@@ -275,49 +383,140 @@ def test_streaming_decode(tokenizer):
     assert "".join(streamer) == text
 
 
-def test_save_and_reload(tokenizer, tmp_path, chatglm):
-    tokenizer.save_pretrained(tmp_path)
-    assert sentencepiece.SentencePieceProcessor(str(tmp_path / "tokenizer.model")).vocab_size() > 0
-    again = chatglm.ChatGLMTokenizer.from_pretrained(tmp_path)
-    text = "你好 [gMASK] world"
-    assert again(text) == tokenizer(text)
+def test_streamer_leaves_special_tokens_out(tokenizer):
+    streamer = TextIteratorStreamer(tokenizer)
+    for i in [*tokenizer("Hello\n  world")["input_ids"], 2]:
+        streamer.put(torch.tensor([i]))
+    streamer.end()
+    assert "</s>" not in (text := "".join(streamer)) and text.startswith("Hello")
+
+
+# Files
+
+
+@pytest.fixture(scope="module")
+def saved(tiny_tokenizer, tmp_path_factory):
+    """A saved tokenizer with tokens of a program, after calls with options, and its tokenizer.json as others read it."""
+    folder = tmp_path_factory.mktemp("saved")
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    tokenizer.add_tokens(["<name>"])
+    tokenizer.add_special_tokens({"eos_token": "<|end|>", "additional_special_tokens": ["<|tool|>"]})
+    tokenizer(["a", "b c"], padding=True, truncation=True, max_length=3)
+    tokenizer.save_pretrained(folder)
+    return tokenizer, folder, Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    text=st.lists(
+        st.one_of(texts, st.sampled_from(["people philosophy", "<name>", "<|tool|>", "<|end|>", "<|pad|>"])), max_size=4
+    ).map("".join)
+)
+def test_saved_backend_gives_the_same_ids(saved, text):
+    """Any text but a rendered chat, which is not the backend's to know."""
+    assume(not text.startswith(PREFIX))
+    tokenizer, _, backend = saved
+    assert backend.encode(text).ids == tokenizer(text)["input_ids"]
+    assert backend.encode(text, add_special_tokens=False).ids == tokenizer.encode(text, add_special_tokens=False)
+    assert backend.encode(text, text).ids == tokenizer(text, text)["input_ids"]
+
+
+def test_saved_backend(saved):
+    tokenizer, folder, backend = saved
+    state = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    assert state["padding"] is None and state["truncation"] is None
+    assert backend.get_vocab() == tokenizer.get_vocab()
+    text = "people 👋 philosophy <name>"
+    special = [0, 1, 2, *tokenizer.special_tokens.values(), tokenizer.eos_token_id, tokenizer.pad_token_id]
+    for skip_special_tokens in (True, False):
+        ids = [*special, *tokenizer(text)["input_ids"], *special]
+        assert backend.decode(ids, skip_special_tokens=skip_special_tokens) == text
+
+
+def test_reload(saved, chatglm):
+    tokenizer, folder, _ = saved
+    assert sentencepiece.SentencePieceProcessor(str(folder / "tokenizer.model")).vocab_size() > 0
+    again = chatglm.ChatGLMTokenizer.from_pretrained(folder)
+    assert again.get_vocab() == tokenizer.get_vocab()
+    assert again.special_tokens_map == tokenizer.special_tokens_map
     assert again.chat_template == tokenizer.chat_template
-    assert len(again) == len(tokenizer)
-    again.add_tokens(["<name>"])
-    again.add_special_tokens({"eos_token": "<|end|>", "pad_token": "<|pad|>"})
-    again.save_pretrained(tmp_path / "more")
-    third = chatglm.ChatGLMTokenizer.from_pretrained(tmp_path / "more")
-    n = len(tokenizer)
-    assert third.convert_tokens_to_ids(["<name>", "<|end|>", "<|pad|>"]) == again.convert_tokens_to_ids(
-        ["<name>", "<|end|>", "<|pad|>"]
-    )
-    assert min(third.convert_tokens_to_ids(["<name>", "<|pad|>"])) >= n
-    assert (third.eos_token, third.pad_token) == ("<|end|>", "<|pad|>")
-    assert third.convert_tokens_to_ids("<name>") in third.encode("call <name> now")
-    assert "<|end|>" not in third.tokenize("a <|end|>")
+    assert (again.eos_token, again.pad_token) == ("<|end|>", "<|pad|>")
+    for text in (
+        "你好 [gMASK] world",
+        "a <name> b <|tool|>",
+        "a <|end|><|pad|>",
+        PREFIX + "x<|end|>",
+        PREFIX + "x</s>",
+    ):
+        assert again(text) == tokenizer(text)
+    assert again.convert_tokens_to_ids("<name>") in again.encode("call <name> now")
+    assert "<|end|>" not in again.tokenize("a <|end|>")
+    assert again(PREFIX + "x<|end|>")["input_ids"][-1] == again.eos_token_id >= again.vocab_size
+    padded = again(["a", "b c d"], padding=True)["input_ids"][0]
+    assert padded[0] == again.pad_token_id >= again.vocab_size
 
 
-def test_custom_end_of_sequence(chatglm):
+def test_save_and_reload_of_the_plain_tokenizer(tokenizer, tmp_path, chatglm):
+    files = tokenizer.save_pretrained(tmp_path)
+    assert {"tokenizer.model", "tokenizer.json", "tokenizer_config.json"} <= {str(f).split("/")[-1] for f in files}
+    again = chatglm.ChatGLMTokenizer.from_pretrained(tmp_path)
+    assert again.get_vocab() == tokenizer.get_vocab()
+    again.save_pretrained(tmp_path)  # over its own files
+    assert chatglm.ChatGLMTokenizer.from_pretrained(tmp_path)("你好") == tokenizer("你好")
+    prefixed = tokenizer.save_pretrained(tmp_path, filename_prefix="x")
+    assert {"x-tokenizer.model", "x-tokenizer.json"} <= {str(f).split("/")[-1] for f in prefixed}
+
+
+def test_tokenizer_json_of_another_tokenizer(tiny_tokenizer, chatglm, tmp_path):
+    tiny_tokenizer.save_pretrained(tmp_path)
+    state = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    state["model"]["vocab"]["<other>"] = len(tiny_tokenizer) + 5
+    (tmp_path / "tokenizer.json").write_text(json.dumps(state), encoding="utf-8")
+    with pytest.raises(ValueError, match="is not of this tokenizer"):
+        chatglm.ChatGLMTokenizer.from_pretrained(tmp_path)
+
+
+def test_no_training(tokenizer):
+    with pytest.raises(NotImplementedError, match="SentencePiece"):
+        tokenizer.train_new_from_iterator(["a"], 100)
+
+
+# As others reach it
+
+
+def test_tokenizer_of_a_processor(chatglm):
     tokenizer = chatglm.ChatGLMTokenizer.from_pretrained(TINY)
-    tokenizer.add_special_tokens({"eos_token": "<|end|>"})
-    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    assert tokenizer.apply_chat_template(chat)["input_ids"][-1] == tokenizer.eos_token_id == len(tokenizer) - 1
+    inner = getattr(tokenizer, "tokenizer", tokenizer)
+    assert inner.pad_token == "<unk>" and inner("a") == tokenizer("a") and len(inner) == len(tokenizer)
+    inner.model_max_length = 77
+    assert tokenizer.model_max_length == 77
+    gc.disable()
+    try:
+        reference = weakref.ref(tokenizer)
+        del tokenizer, inner
+        assert reference() is None  # no cycle to be collected
+    finally:
+        gc.enable()
 
 
 def test_sentencepiece_is_reachable(tokenizer):
-    """As converters reach it, for every row of the padded vocabulary."""
+    """As converters reach it, for every row of the padded vocabulary. They know ChatGLM3 by `build_chat_input`."""
     assert tokenizer.name == "GLMTokenizer"
-    assert not hasattr(tokenizer, "build_chat_input")  # by which others know ChatGLM3
+    assert not hasattr(tokenizer, "build_chat_input")
     sp = tokenizer.tokenizer.sp_model
     assert sp.serialized_model_proto()
     tokens = [tokenizer._convert_id_to_token(i) for i in range(len(tokenizer) + 20)]
     assert tokens[-20:] == [""] * 20 and tokens[sp.vocab_size() + 1] == "[gMASK]"
 
 
-def test_auto_tokenizer():
+def test_auto_tokenizer(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(TINY, trust_remote_code=True)
     assert tokenizer.is_fast and type(tokenizer).__name__ == "ChatGLMTokenizer"
     assert tokenizer.chat_template == (ROOT / "chat_template.jinja").read_text()
+    tokenizer.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=True)  # by the code that was saved with it
+    assert again("你好") == tokenizer("你好")
 
 
 # Bad input
@@ -358,18 +557,16 @@ def test_model_of_another_kind(chatglm, tmp_path):
         chatglm.ChatGLMTokenizer(tmp_path / "unigram.model")
 
 
-@pytest.mark.parametrize("text", ["a\ud800b", ["ok", "\udfff"]])
+@pytest.mark.parametrize("text", ["a\ud800b", ["ok", "\udfff"], [PREFIX + "a\ud800"], [("a", "b\ud800")]])
 def test_lone_surrogates(tokenizer, text):
     with pytest.raises(ValueError, match="lone surrogate"):
         tokenizer(text)
 
 
-@pytest.mark.parametrize(
-    "query, history", [(None, []), (["a"], []), ("a", "b"), ("a", ["bc"]), ("a", [("b",)]), ("a", [("b", None)])]
-)
-def test_bad_prompt(tokenizer, query, history):
-    with pytest.raises(ValueError, match="query must be|history"):
-        tokenizer.build_prompt(query, history)
+@pytest.mark.parametrize("inputs", [(5,), ([5],), (["a"], ["a", "b"]), ([["a", "b", "c"]],)])
+def test_inputs_that_are_no_texts(tokenizer, inputs):
+    with pytest.raises((ValueError, TypeError)):
+        tokenizer(*inputs)
 
 
 def test_unknown_command(tokenizer):

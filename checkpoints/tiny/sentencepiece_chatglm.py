@@ -1,0 +1,1 @@
+../../sentencepiece_chatglm.py
