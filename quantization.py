@@ -17,6 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .quantization_kernels import (
     CHUNK_ROWS,
+    GROUP_SIZES,
     dequantize_weight,
     pack_int4,
     quantized_linear,
@@ -31,7 +32,6 @@ QUANT_METHOD = "chatglm"
 QUANTIZED_LINEARS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 # What `quantize_embeddings` adds, in INT8.
 QUANTIZED_EMBEDDINGS = ("word_embeddings", "output_layer")
-GROUP_SIZES = (32, 64, 128)
 
 # Fractions of the largest magnitude that are tried for the end of the range. The best for a bell curve of 4,096 values
 # in INT4 is about 0.7.
@@ -198,9 +198,7 @@ class QuantizedLinear(nn.Linear):
     Its state: `weight`, int8 `[out, in]` or packed `[out, in / 2]`; `weight_scale`, `[out]` or `[out, in / group_size]`;
     `bias`, `[out]`.
 
-    Args:
-        exact_activations: Whether the CPU leaves activations as they are, rather than quantize them to INT8 in blocks of
-            32. While gradients are computed it always does.
+    The CPU quantizes activations to INT8 in blocks of 32, except while gradients are computed.
 
     Raises:
         ValueError: if `in_features` is odd in INT4, or no multiple of `group_size`.
@@ -215,7 +213,6 @@ class QuantizedLinear(nn.Linear):
         dtype=None,
         device=None,
         group_size: int | None = None,
-        exact_activations: bool = False,
     ):
         if bits == 4 and in_features % 2:
             raise ValueError(f"INT4 packs pairs of columns: in_features must be even, got {in_features}.")
@@ -223,8 +220,7 @@ class QuantizedLinear(nn.Linear):
         if group_size is not None and in_features % group_size:
             raise ValueError(f"group_size must divide in_features, got {group_size} and {in_features}.")
         nn.Module.__init__(self)
-        self.in_features, self.out_features, self.bits = in_features, out_features, bits
-        self.group_size, self.exact_activations = group_size, exact_activations
+        self.in_features, self.out_features, self.bits, self.group_size = in_features, out_features, bits, group_size
         columns = in_features // 2 if bits == 4 else in_features
         scales = (out_features,) if group_size is None else (out_features, in_features // group_size)
         self.weight = new_parameter(torch.zeros(out_features, columns, dtype=torch.int8, device=device))
@@ -237,7 +233,7 @@ class QuantizedLinear(nn.Linear):
         group_size = config.group_size if bits == config.bits else None
         has_bias, dtype = linear.bias is not None, linear.weight.dtype
         features = (linear.in_features, linear.out_features)
-        return cls(*features, bits, has_bias, dtype, "meta", group_size, config.exact_activations)
+        return cls(*features, bits, has_bias, dtype, "meta", group_size)
 
     def quantize(self, weight: torch.Tensor, scale_search: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         return quantize_weight(weight, self.bits, self.group_size, scale_search)
@@ -252,7 +248,7 @@ class QuantizedLinear(nn.Linear):
         if torch.is_grad_enabled() and x.requires_grad:
             output = QuantizedMatmul.apply(x, self.weight, self.weight_scale, self.bits)
         else:
-            output = quantized_linear(x, self.weight, self.weight_scale, self.bits, self.exact_activations)
+            output = quantized_linear(x, self.weight, self.weight_scale, self.bits)
         return output if self.bias is None else output + self.bias.to(output.dtype)
 
     def extra_repr(self) -> str:
@@ -343,8 +339,6 @@ class ChatGLMQuantizationConfig(QuantizationConfigMixin):
         quantize_embeddings (`bool`): Whether to store embedding and output layer in INT8: a fifth of an INT4 model.
         scale_search (`bool`): Whether to look for the scales with the least squared error, rather than take the
             published ones. Takes longer, and gives better answers in the same format.
-        exact_activations (`bool`): Whether the CPU computes with activations as they are, rather than quantize them to
-            INT8 in blocks of 32, which is faster.
 
     Raises:
         ValueError: if `bits` or `group_size` is another number.
@@ -357,10 +351,11 @@ class ChatGLMQuantizationConfig(QuantizationConfigMixin):
         group_size: int | None = None,
         quantize_embeddings: bool = False,
         scale_search: bool = False,
-        exact_activations: bool = False,
         quant_method: str = QUANT_METHOD,
         **kwargs,
     ):
+        if kwargs.pop("exact_activations", False):  # checkpoints of earlier versions have the key
+            logger.warning("exact_activations has no effect any more: CPUs quantize activations, except in training.")
         if kwargs:
             raise TypeError(f"Unknown options for quantization: {', '.join(kwargs)}.")
         if type(bits) is not int or bits not in (4, 8):
@@ -374,7 +369,6 @@ class ChatGLMQuantizationConfig(QuantizationConfigMixin):
         self.group_size = group_size
         self.quantize_embeddings = quantize_embeddings
         self.scale_search = scale_search
-        self.exact_activations = exact_activations
 
 
 class QuantizeWhileLoading(ConversionOps):

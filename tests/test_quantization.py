@@ -59,7 +59,7 @@ def test_packing(quantization):
     packed = quantization.pack_int4(values)
     assert packed.view(torch.uint8).tolist() == [[0x1E, 0x79]]  # the even column is in the high half
     assert torch.equal(quantization.dequantize_weight(packed, torch.ones(1), 4), values.float())
-    with pytest.raises(ValueError, match=r"Scales \[2\] do not fit a weight \[1, 4\]"):
+    with pytest.raises(ValueError, match=r"Scales \[2\] .* do not fit a weight \[1, 4\]"):
         quantization.dequantize_weight(packed, torch.ones(2), 4)
 
 
