@@ -8,8 +8,10 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import initialization as init
 from transformers.core_model_loading import ConversionOps
+from transformers.modeling_utils import load_state_dict
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils import logging
@@ -288,6 +290,30 @@ def is_quantized(module: nn.Module) -> bool:
     return isinstance(module, (QuantizedLinear, QuantizedEmbedding))
 
 
+def refuse_to_merge(*args, **kwargs):
+    raise ValueError(
+        "An adapter cannot be merged into quantized weights. Call dequantize() on the model first (a PeftModel has the method "
+        "too), then merge; after that the model can be quantized again."
+    )
+
+
+def guard_merging(module: nn.Module, name: str, submodule: nn.Module):
+    """
+    Makes PEFT's layers refuse to merge into a quantized layer, until it is dequantized.
+
+    PEFT adds to `base_layer.weight` whatever that holds. With INT8 this rounded the adapter away, without an error. PEFT
+    asks the layer nothing before, so this watches for the layer being wrapped.
+    """
+    if name == "base_layer":
+        if is_quantized(submodule):
+            module.merge = refuse_to_merge
+        elif vars(module).get("merge") is refuse_to_merge:
+            del module.merge  # its class has the real one
+
+
+register_module_module_registration_hook(guard_merging)
+
+
 def empty_layers(model: nn.Module, config: "ChatGLMQuantizationConfig") -> dict[str, nn.Module]:
     """
     Returns the quantized layers, still without data, that are to take the place of those of the same name.
@@ -396,6 +422,7 @@ class ChatGLMQuantizer(HfQuantizer):
     is_qat_trainable = False  # without, which the Trainer refuses but where there is a P-Tuning prefix
     is_compileable = True
     serialized_names = {"weight": ["weight", "weight_scale"]}
+    state_dict_to_save = None  # what the model's save_pretrained was given
 
     def is_serializable(self, *args, **kwargs) -> bool:
         return True
@@ -408,8 +435,16 @@ class ChatGLMQuantizer(HfQuantizer):
                 "(save_pretrained), then load that with this device_map."
             )
 
-    def _process_model_before_weight_loading(self, model, **kwargs):
-        for name, layer in empty_layers(model, self.quantization_config).items():
+    def get_state_dict_and_metadata(self, model):
+        """What save_pretrained saves: the library takes it from here rather than from its argument."""
+        state_dict, self.state_dict_to_save = self.state_dict_to_save, None
+        return state_dict, {}
+
+    def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
+        layers = empty_layers(model, self.quantization_config)
+        if layers and self.pre_quantized and checkpoint_files:
+            check_has_scales(checkpoint_files)
+        for name, layer in layers.items():
             if not self.pre_quantized:
                 layer.weight = model.get_submodule(name).weight  # by whose dtype the library (5.9) reads the file's
             model.set_submodule(name, layer)
@@ -453,16 +488,21 @@ def init_quantized(layer: nn.Module):
         init.zeros_(layer.bias)
 
 
+def check_has_scales(files: list[str]):
+    """Raises `ValueError` if files of weights hold no scales: they are not quantized, though the configuration says so."""
+    if not any(name.endswith(".weight_scale") for file in files for name in load_state_dict(file, map_location="meta")):
+        raise ValueError(
+            f"The weights in {files[0]} are not quantized, though quantization_bit or quantization_config in the configuration "
+            "says so. To quantize them while they are loaded, leave quantization_bit out and pass "
+            "quantization_config={'quant_method': 'chatglm', 'bits': 4} to from_pretrained."
+        )
+
+
 def check_state(name: str, layer: nn.Module):
     """Raises `ValueError` if what was loaded into a layer cannot be right."""
     weight, scale = layer.weight, layer.weight_scale
     if scale.device.type == "meta" or weight.device.type == "meta":
         return
-    if weight.dtype != torch.int8:
-        raise ValueError(
-            f"{name}.weight is {weight.dtype}, not int8: the checkpoint is not quantized, though its config.json says so. "
-            "Take quantization_bit and quantization_config out of it, or download the weights again."
-        )
     columns = layer.in_features if isinstance(layer, QuantizedLinear) else layer.embedding_dim
     if 8 * weight.shape[1] != columns * layer.bits:  # 5.9 lets it pass
         raise ValueError(
