@@ -170,17 +170,33 @@ def test_better_rounding(quantization):
         assert errors(packed, scale)[1] < 0.5 * searched[1]
 
 
-@pytest.mark.parametrize("options", [{}, {"group_size": 32}, {"quantize_embeddings": True}])
-def test_calibration(checkpoint, tmp_path, options):
-    """What it writes is the same format, and nearer to the original model on text like that it saw."""
-    torch.manual_seed(0)
-    ids, unseen = torch.randint(128, (8, 8, 32))[:, :, :].split([7, 1])
-    original = load(checkpoint)
-    exact = original(unseen[0]).logits
+def calibrated_error(checkpoint, **options) -> tuple[float, float]:
+    """Of calibrated INT4's logits, as a share of that without calibration: on the text that it saw, and on other text."""
+    ids, unseen = torch.randint(128, (8, 8, 32)).split([7, 1])
+    original, plain = load(checkpoint), load(checkpoint).quantize(4, **options)
     calibrated = load(checkpoint).quantize(4, calibration=list(ids), **options)
-    plain = load(checkpoint).quantize(4, **options)
-    error, plain_error = (((model(unseen[0]).logits - exact).norm() / exact.norm()) for model in (calibrated, plain))
-    assert error < 0.8 * plain_error
+    return tuple(logits_error(calibrated, original, x[0]) / logits_error(plain, original, x[0]) for x in (ids, unseen))
+
+
+def test_calibration_helps(checkpoint):
+    """
+    0.35 and 0.48 as it is. 0.46 and 0.51 with a hundred times the damping, 0.51 and 0.53 without the correction for the
+    layers before, 0.40 and 0.48 if layers are calibrated for the original model's inputs.
+    """
+    torch.manual_seed(0)
+    seen, unseen = zip(*(calibrated_error(checkpoint) for _ in range(3)))
+    assert sum(seen) / 3 < 0.37 and sum(unseen) / 3 < 0.5
+
+
+@pytest.mark.parametrize(
+    "options", [{"group_size": 32}, {"quantize_embeddings": True}, {"modules_to_not_convert": ["mlp"]}]
+)
+def test_calibration_with_options(checkpoint, tmp_path, options):
+    """It helps as much, and what it writes is the same format."""
+    torch.manual_seed(0)
+    seen, unseen = calibrated_error(checkpoint, **options)
+    assert seen < 0.43 and unseen < 0.6
+    calibrated = load(checkpoint).quantize(4, calibration=[IDS], **options)
     calibrated.save_pretrained(tmp_path / "calibrated")
     same(load(tmp_path / "calibrated"), calibrated)
 
