@@ -7,6 +7,7 @@ machine that it is on, and kept in `~/.cache/chatglm2`.
 import ctypes
 import functools
 import hashlib
+import json
 import os
 import platform
 import shlex
@@ -143,9 +144,16 @@ void unpack_row(const int8_t *weight, int64_t columns, int8_t *to) {
   }
 }
 
-// The weight in float32, to y.
-template <int bits>
-void dequantize(const Problem &p) {
+inline void put(float value, float *to) { *to = value; }
+inline void put(float value, uint16_t *to) {  // bfloat16, to the nearest, ties to even; there is no NaN
+  uint32_t word;
+  memcpy(&word, &value, sizeof(word));
+  *to = (word + 0x7fff + ((word >> 16) & 1)) >> 16;
+}
+
+// The weight in float32 or bfloat16, to y.
+template <int bits, class T>
+void dequantize(const Problem &p, T *y) {
   const Scratch<int8_t> quantized_scratch(p.threads, p.in);
   const Scratch<float> scale_scratch(p.threads, p.groups);
 #pragma omp parallel num_threads(p.threads)
@@ -157,9 +165,9 @@ void dequantize(const Problem &p) {
       unpack_row<bits>(p.weight + n * p.row_bytes(), p.in, quantized);
       p.read_scales(n, scale);
       for (int64_t g = 0; g < p.groups; g++) {
-        float *y = p.y + n * p.in;
+        T *to = y + n * p.in;
 #pragma omp simd
-        for (int64_t k = g * p.group_size(); k < (g + 1) * p.group_size(); k++) y[k] = quantized[k] * scale[g];
+        for (int64_t k = g * p.group_size(); k < (g + 1) * p.group_size(); k++) put(quantized[k] * scale[g], to + k);
       }
     }
   }
@@ -578,11 +586,14 @@ extern "C" int chatglm_linear(const float *x, const int8_t *weight, const void *
   return 0;
 }
 
-extern "C" int chatglm_dequantize(const int8_t *weight, const void *scale, int scale_type, float *y, int64_t out,
-                                  int64_t in, int64_t groups, int bits, int threads) {
-  const Problem p = {nullptr, weight, scale, scale_type, y, 0, out, in, groups, bits, threads};
+extern "C" int chatglm_dequantize(const int8_t *weight, const void *scale, int scale_type, void *y, int y_type,
+                                  int64_t out, int64_t in, int64_t groups, int bits, int threads) {
+  const Problem p = {nullptr, weight, scale, scale_type, nullptr, 0, out, in, groups, bits, threads};
   try {
-    bits == 4 ? dequantize<4>(p) : dequantize<8>(p);
+    if (y_type == FLOAT32)
+      bits == 4 ? dequantize<4>(p, (float *)y) : dequantize<8>(p, (float *)y);
+    else
+      bits == 4 ? dequantize<4>(p, (uint16_t *)y) : dequantize<8>(p, (uint16_t *)y);
   } catch (const std::bad_alloc &) {
     return 1;
   }
@@ -718,10 +729,19 @@ def load_shared(path: Path) -> ctypes.CDLL:
     return ctypes.CDLL(str(path))
 
 
+def cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "chatglm2").resolve()
+
+
+def library_name() -> str:
+    """Says what the library is made of, and for which CPU."""
+    key = "\n".join([CPP_SOURCE, *compiler_flags(), platform.machine(), cpu_features()])
+    return f"chatglm_linear-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+
+
 def load_library(folder: Path) -> ctypes.CDLL:
     """Loads the library from `folder`; or, where that cannot be trusted or written to, compiles one for the process."""
-    key = "\n".join([CPP_SOURCE, *compiler_flags(), platform.machine(), cpu_features()])
-    name = f"chatglm_linear-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    name = library_name()
     try:
         return load_shared(folder.resolve() / name)
     except CompilerError:
@@ -742,10 +762,10 @@ def cpu_library() -> ctypes.CDLL | None:
     try:
         if os.name != "posix":
             raise OSError(f"The kernels are made for Linux and macOS, not for {platform.system()}.")
-        library = load_library(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "chatglm2"))
+        library = load_library(cache_folder())
         pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
         library.chatglm_linear.argtypes = [pointer] * 3 + [number, pointer] + [size] * 4 + [number] * 2
-        library.chatglm_dequantize.argtypes = [pointer] * 2 + [number, pointer] + [size] * 3 + [number] * 2
+        library.chatglm_dequantize.argtypes = [pointer] * 2 + [number, pointer, number] + [size] * 3 + [number] * 2
         return library
     # RuntimeError: no home; ValueError: CXX with an open quotation
     except (OSError, RuntimeError, ValueError) as error:
@@ -754,6 +774,37 @@ def cpu_library() -> ctypes.CDLL | None:
             f"slower. {error}"
         )
         return None
+
+
+# Which path was fastest, by name of the kind of multiplication; for this CPU, code and torch
+
+
+def choices_path() -> Path:
+    return cache_folder() / f"{library_name().removesuffix('.so')}-torch-{torch.__version__}.json"
+
+
+def kept_choices() -> dict[str, str]:
+    """Returns what `keep_choices` wrote; nothing if the file is missing, damaged or not ours."""
+    try:
+        path = choices_path()
+        check_ours(path)
+        choices = json.loads(path.read_text())
+    except (OSError, RuntimeError, ValueError):  # RuntimeError: no home
+        return {}
+    return choices if isinstance(choices, dict) else {}
+
+
+def keep_choices(choices: dict[str, str]):
+    """Writes the choices for the next process, if there is a folder for them."""
+    try:
+        path = choices_path()
+        check_ours(path.parent)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            new = Path(folder, path.name)
+            new.write_text(json.dumps(choices, indent=1))
+            os.replace(new, path)
+    except (OSError, RuntimeError) as error:
+        logger.info(f"What was measured is not kept: {error}")
 
 
 # Calling. Shapes and dtypes must have been checked: C++ reads what it is told to.
@@ -773,13 +824,13 @@ def cpu_linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits:
     return output.to(dtype)
 
 
-def cpu_dequantize(weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
-    """The weight in float32, `[out, in]`, by the compiled library, which writes each number once."""
+def cpu_dequantize(weight: torch.Tensor, scale: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor:
+    """The weight, `[out, in]`, in float32 or bfloat16, by the compiled library, which writes each number once."""
     weight, scale = weight.contiguous(), scale.contiguous()
     out, columns = weight.shape[0], weight.shape[1] * 8 // bits
-    output = torch.empty(out, columns)
+    output = torch.empty(out, columns, dtype=dtype)
     failed = cpu_library().chatglm_dequantize(
-        weight.data_ptr(), scale.data_ptr(), SCALE_TYPES[scale.dtype], output.data_ptr(),
+        weight.data_ptr(), scale.data_ptr(), SCALE_TYPES[scale.dtype], output.data_ptr(), SCALE_TYPES[dtype],
         out, columns, scale.numel() // out, bits, torch.get_num_threads(),
     )  # fmt: skip
     if failed:

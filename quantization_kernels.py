@@ -4,12 +4,16 @@
 quantization_cpu.py.
 """
 
+import functools
 import hashlib
+import os
+import time
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
-from .quantization_cpu import SCALE_TYPES, cpu_dequantize, cpu_library, cpu_linear
+from .quantization_cpu import SCALE_TYPES, cpu_dequantize, cpu_library, cpu_linear, keep_choices, kept_choices
 
 
 try:
@@ -17,6 +21,8 @@ try:
     import triton.language as tl
 except ImportError:
     triton = None
+
+logger = logging.get_logger(__name__)
 
 GROUP_SIZES = (32, 64, 128)  # columns that can share a scale
 CHUNK_ROWS = 1024  # of the weight: 16 MB as float32 in the 6B shape, which stays in the cache until it is multiplied
@@ -72,7 +78,7 @@ def dequantize_weight(weight: torch.Tensor, scale: torch.Tensor, bits: int) -> t
         return scale.new_empty(weight.shape[0], weight.shape[1] * 8 // bits)
     is_plain = not is_traced(weight) and weight.device.type == scale.device.type == "cpu"
     if scale.dtype == torch.float32 and is_plain and cpu_library():
-        return cpu_dequantize(weight, scale, bits)
+        return cpu_dequantize(weight, scale, bits, torch.float32)
     quantized = (unpack_int4(weight) if bits == 4 else weight).to(scale.dtype)
     scale = scale.reshape(len(weight), -1, 1)
     quantized.unflatten(1, (scale.shape[1], -1)).mul_(scale)  # in place: a second matrix would have to be allocated
@@ -84,8 +90,10 @@ def dequantize_weight(weight: torch.Tensor, scale: torch.Tensor, bits: int) -> t
 # Plain torch
 
 
-def torch_linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
-    """`x @ weight.T` for x `[rows, in]`, in plain torch on any device."""
+def torch_linear(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """`x @ weight.T` for x `[rows, in]`, in plain torch on any device; on the CPU in float32 or bfloat16 (`dtype`)."""
     if x.device.type != "cpu":
         return nn.functional.linear(x, dequantize_weight(weight, scale.to(x.dtype), bits))
     int8_matmul = getattr(torch, "_weight_int8pack_mm", None)
@@ -96,14 +104,26 @@ def torch_linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bit
             return int8_matmul(x.contiguous(), weight, scale.to(x.dtype))
         chunks = zip(weight.split(CHUNK_ROWS), scale.to(x.dtype).split(CHUNK_ROWS))
         return torch.cat([int8_matmul(x.contiguous(), unpack_int4(w), s) for w, s in chunks], dim=1)
-    # In float32, chunk by chunk, so the full float32 weight never exists in memory
-    output = torch.empty(x.shape[0], weight.shape[0])
-    x, dtype = x.float(), x.dtype
+    # Chunk by chunk, so the full float weight never exists in memory
+    output = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
+    x = x.to(dtype)
     with torch.autocast("cpu", enabled=False):
         for start in range(0, weight.shape[0], CHUNK_ROWS):
             chunk = slice(start, start + CHUNK_ROWS)
-            torch.mm(x, dequantize_weight(weight[chunk], scale[chunk].float(), bits).T, out=output[:, chunk])
-    return output.to(dtype)
+            part = output[:, chunk]
+            matrix = dequantize_to(dtype, weight[chunk], scale[chunk], bits)
+            if part.dtype == dtype:
+                torch.mm(x, matrix.T, out=part)  # a copy would take a tenth of the time
+            else:
+                part.copy_(torch.mm(x, matrix.T))
+    return output
+
+
+def dequantize_to(dtype: torch.dtype, weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
+    """`dequantize_weight` on the CPU in float32 or bfloat16, whatever the dtype of `scale`."""
+    if scale.dtype in SCALE_TYPES and cpu_library():
+        return cpu_dequantize(weight, scale, bits, dtype)
+    return dequantize_weight(weight, scale.float(), bits).to(dtype)
 
 
 # Triton for GPUs
@@ -208,6 +228,58 @@ def triton_linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bi
     return y
 
 
+# The choice among the CPU's ways
+
+CPU_PATHS = {
+    "compiled": cpu_linear,
+    "bfloat16": functools.partial(torch_linear, dtype=torch.bfloat16),
+    "float32": torch_linear,
+}
+MEASURED_SIZE = 1 << 20  # numbers in a weight; a smaller one takes little time by any path
+chosen_paths: dict[tuple, str] = {}
+
+
+def cpu_path(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int) -> str:
+    """
+    Returns which of `CPU_PATHS` is fastest for such a multiplication on this CPU.
+
+    It is measured at first use, and kept for the process and, beside the compiled library, for the next ones. The
+    environment variable `CHATGLM_CPU_PATH` takes precedence.
+    """
+    forced = os.environ.get("CHATGLM_CPU_PATH")
+    kind = (bits, scale.numel() // len(scale) > 1, x.dtype, x.shape[0] > FEW_ROWS)
+    if not forced and kind in chosen_paths:
+        return chosen_paths[kind]
+    paths = [path for path in CPU_PATHS if path != "compiled" or (scale.dtype in SCALE_TYPES and cpu_library())]
+    if forced:
+        if forced not in paths:
+            raise ValueError(f"CHATGLM_CPU_PATH must be one of {', '.join(paths)}, got {forced!r}.")
+        return forced
+    if weight.numel() < MEASURED_SIZE:
+        return "compiled" if "compiled" in paths else "float32"
+    name = (
+        f"INT{bits}, a scale for each {'group' if kind[1] else 'row'}, {x.dtype}, {'many' if kind[3] else 'few'} rows"
+    )
+    kept = kept_choices()
+    if kept.get(name) not in paths:
+        seconds = {path: measure(path, x[:128], weight[:CHUNK_ROWS], scale[:CHUNK_ROWS], bits) for path in paths}
+        kept[name] = min(seconds, key=seconds.get)
+        logger.info(f"{name}: {', '.join(f'{path} {1000 * s:.2f} ms' for path, s in seconds.items())}.")
+        keep_choices(kept)
+    chosen_paths[kind] = kept[name]
+    return kept[name]
+
+
+def measure(path: str, *arguments) -> float:
+    """Returns the seconds that a path takes: the least of some calls, the first of which does not count."""
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        CPU_PATHS[path](*arguments)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:])
+
+
 # The choice
 
 
@@ -263,8 +335,8 @@ def multiply(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: i
     rows, device = x.reshape(-1, x.shape[-1]), x.device.type
     if device == "cuda" and triton is not None:
         output = triton_linear(rows, weight, scale, bits)
-    elif device == "cpu" and not exact and scale.dtype in SCALE_TYPES and cpu_library():
-        output = cpu_linear(rows, weight, scale, bits)
+    elif device == "cpu" and not exact:
+        output = CPU_PATHS[cpu_path(rows, weight, scale, bits)](rows, weight, scale, bits)
     else:
         output = torch_linear(rows, weight, scale, bits)
     return output.view(*x.shape[:-1], weight.shape[0])

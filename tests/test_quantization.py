@@ -88,6 +88,42 @@ def test_least_value_is_not_written(quantization, bits, options):
     assert quantization.dequantize_weight(packed, torch.ones_like(scale), bits).min() == -(2 ** (bits - 1) - 1)
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_bfloat16_is_divided_in_float32(quantization, bits):
+    """Its quotients have 8 bits: many halves, which round to even rather than to the nearest."""
+    torch.manual_seed(0)
+    weight = torch.randn(64, 256).bfloat16()
+    packed, scale = quantization.quantize_weight(weight, bits)
+    quantized = quantization.dequantize_weight(packed, torch.ones(64), bits)
+    limit = 2 ** (bits - 1) - 1
+    assert torch.equal(quantized, (weight.float() / scale.float()[:, None]).round().clamp(-limit, limit))
+
+
+def test_scale_search_by_importance(quantization):
+    """Columns that matter more are rounded better; here the small ones, which a smaller scale fits."""
+    torch.manual_seed(0)
+    weight, importance = torch.randn(64, 256), torch.full((256,), 1e-3)
+    weight[:, ::2] *= 0.2
+    importance[::2] = 1
+
+    def error(scale):
+        rounded = quantization.round_to_scale(weight, scale, 4).float() * scale[:, None]
+        return ((rounded - weight).square() * importance).sum()
+
+    searched = quantization.searched_scale(weight, 4, importance)
+    assert error(searched) < 0.7 * error(quantization.searched_scale(weight, 4))
+
+
+def test_calibration_with_groups_of_zeros(quantization):
+    """They leave the groups after them alone."""
+    torch.manual_seed(0)
+    weight, hessian = torch.randn(8, 96), torch.eye(96)
+    weight[:, 32:64] = 0
+    packed, scale = quantization.quantize_compensated(weight, hessian, 8, 32)
+    assert (scale[:, 1] == 0).all()
+    torch.testing.assert_close(quantization.dequantize_weight(packed, scale, 8), weight, atol=0.02, rtol=0)
+
+
 def test_zero_rows(quantization):
     packed, scale = quantization.quantize_weight(torch.zeros(2, 4), 8)
     assert (scale == 0).all() and (quantization.dequantize_weight(packed, scale, 8) == 0).all()

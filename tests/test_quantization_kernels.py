@@ -2,6 +2,7 @@
 
 import sys
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -183,6 +184,186 @@ def test_exact_under_autocast(kernels):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = kernels.quantized_linear(x, weight, scale, 4, exact=True)
     assert ((y.double() - x.double() @ exact.T).abs() <= 1e-5 * float_bound(x, exact)).all()
+
+
+# The choice among the CPU's ways
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_bfloat16_path(kernels, dtype):
+    """
+    Activations, weights and results are rounded to 8 bits each. In the norm this is less than what INT8 in blocks of 32
+    rounds, also without outliers.
+    """
+    torch.manual_seed(0)
+    for bits, group_size, rows in product((4, 8), (None, 32), (17, 30)):
+        x, weight, scale, exact = random_case(kernels, bits, 1100, 256, group_size, rows, dtype)  # more than a chunk
+        y = kernels.torch_linear(x, weight, scale, bits, torch.bfloat16)
+        error = (y.double() - x.double() @ exact.T).abs()
+        bound = 2**-8 * (2.01 * float_bound(x, exact) + 1.01 * (x.double() @ exact.T).abs())
+        assert y.dtype == dtype and (error <= bound + torch.finfo(dtype).eps * y.double().abs()).all()
+        x[:, 3] /= 100  # the outlier
+        exact_y = x.double() @ exact.T
+        y = kernels.torch_linear(x, weight, scale, bits, torch.bfloat16)
+        rounded = kernels.cpu_linear(x, weight, scale, bits)
+        assert (y.double() - exact_y).norm() < 0.7 * (rounded.double() - exact_y).norm() < 0.01 * exact_y.norm()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_bfloat16_path_with_values_that_are_not_finite(kernels, value):
+    x, weight, scale, _ = random_case(kernels, 4, 64, 256, rows=20)
+    x[0, 100] = value
+    y = kernels.torch_linear(x, weight, scale, 4, torch.bfloat16)
+    assert torch.isfinite(y[1:]).all() and not torch.isfinite(y[0][kernels.unpack_int4(weight)[:, 100] != 0]).any()
+
+
+@pytest.fixture
+def choosing(kernels, tmp_path, monkeypatch):
+    """Has every weight measured, by a clock on which the named path is fastest; returns the list of what was measured."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("CHATGLM_CPU_PATH", raising=False)
+    monkeypatch.setattr(kernels, "MEASURED_SIZE", 0)
+    (tmp_path / "chatglm2").mkdir(mode=0o700)
+    kernels.chosen_paths.clear()
+    measured = []
+
+    def fastest(path):
+        def measure(candidate, *arguments):
+            measured.append(candidate)
+            return 1.0 if candidate == path else 2.0
+
+        monkeypatch.setattr(kernels, "measure", measure)
+        return measured
+
+    yield fastest
+    kernels.chosen_paths.clear()
+
+
+def chosen_file(tmp_path):
+    (path,) = (tmp_path / "chatglm2").glob("*.json")
+    return path
+
+
+@pytest.mark.parametrize("path", ["compiled", "bfloat16", "float32"])
+def test_the_fastest_path_multiplies(kernels, choosing, monkeypatch, path):
+    called = []
+    for name, function in kernels.CPU_PATHS.items():
+        spy = lambda *args, name=name, function=function: (called.append(name), function(*args))[1]  # noqa: E731
+        monkeypatch.setitem(kernels.CPU_PATHS, name, spy)
+    measured = choosing(path)
+    x, weight, scale, exact = random_case(kernels, 4, 70, 256, rows=20)
+    for _ in range(2):
+        y = kernels.quantized_linear(x, weight, scale, 4)
+        error = (y.double() - x.double() @ exact.T).abs()
+        assert (error <= 1.001 * rounding_bound(x, exact) + 2**-8 * 3.1 * float_bound(x, exact)).all()
+    assert called == [path] * 2 and measured == list(kernels.CPU_PATHS)
+
+
+def test_a_choice_for_each_kind(kernels, choosing):
+    """Bits, groups, dtype, few or many rows; but not for each number of rows or columns."""
+    measured = choosing("bfloat16")
+    kinds = list(product((4, 8), (None, 32), (torch.float32, torch.bfloat16), ((1, 16), (17, 30))))
+    for bits, group_size, dtype, rows in kinds:
+        for n, columns in product(rows, (256, 512)):
+            x, weight, scale, _ = random_case(kernels, bits, 33, columns, group_size, n, dtype)
+            kernels.quantized_linear(x, weight, scale, bits)
+    assert len(measured) == len(kernels.CPU_PATHS) * len(kinds)
+
+
+def test_choices_are_kept_for_the_next_process(kernels, choosing, tmp_path):
+    x, weight, scale, _ = random_case(kernels, 4, 64, 256, rows=20)
+    choosing("float32")
+    assert kernels.cpu_path(x, weight, scale, 4) == "float32"
+    assert kernels.cpu_path(x[:1], weight, scale, 4) == "float32"
+    kernels.chosen_paths.clear()
+    measured = choosing("bfloat16")
+    measured.clear()
+    assert kernels.cpu_path(x, weight, scale, 4) == kernels.cpu_path(x[:1], weight, scale, 4) == "float32"
+    assert not measured
+
+
+@pytest.mark.parametrize(
+    "damage", ["cut", "list", "unknown path", "not text", "writable for others", "none", "other torch"]
+)
+def test_choices_that_are_not_trusted(kernels, choosing, tmp_path, monkeypatch, damage):
+    """They are measured again, and written where they can be."""
+    x, weight, scale, _ = random_case(kernels, 4, 64, 256, rows=20)
+    choosing("float32")
+    kernels.cpu_path(x, weight, scale, 4)
+    file = chosen_file(tmp_path)
+    content = file.read_bytes()
+    damaged = {
+        "cut": content[:-5],
+        "list": b"[1]",
+        "unknown path": content.replace(b'float32"', b'gpu"'),
+        "not text": b"\xff",
+    }
+    if damage in damaged:
+        assert damaged[damage] != content
+        file.write_bytes(damaged[damage])
+    elif damage == "writable for others":
+        file.chmod(0o666)
+    elif damage == "none":
+        file.unlink()
+    else:
+        monkeypatch.setattr(torch, "__version__", "0.0")
+    kernels.chosen_paths.clear()
+    choosing("bfloat16")
+    assert kernels.cpu_path(x, weight, scale, 4) == "bfloat16"
+    kernels.chosen_paths.clear()
+    choosing("compiled").clear()
+    assert kernels.cpu_path(x, weight, scale, 4) == "bfloat16"
+
+
+def test_choices_that_cannot_be_kept(kernels, choosing, tmp_path):
+    """Where others can write to the folder, nothing is written; the process goes by what it measured."""
+    (tmp_path / "chatglm2").chmod(0o777)
+    x, weight, scale, _ = random_case(kernels, 4, 64, 256, rows=20)
+    measured = choosing("float32")
+    for _ in range(2):
+        assert kernels.cpu_path(x, weight, scale, 4) == "float32"
+    assert len(measured) == 3 and not list((tmp_path / "chatglm2").iterdir())
+
+
+def test_small_weights_are_not_measured(kernels, choosing, monkeypatch):
+    monkeypatch.setattr(kernels, "MEASURED_SIZE", 64 * 256)
+    measured = choosing("float32")
+    x, weight, scale, _ = random_case(kernels, 8, 63, 256, rows=20)
+    assert kernels.cpu_path(x, weight, scale, 8) == "compiled" and not measured
+    x, weight, scale, _ = random_case(kernels, 8, 64, 256, rows=20)
+    assert kernels.cpu_path(x, weight, scale, 8) == "float32" and measured
+
+
+def test_forced_path(kernels, choosing, monkeypatch):
+    measured = choosing("float32")
+    x, weight, scale, _ = random_case(kernels, 4, 64, 256, rows=20)
+    for path in ("compiled", "bfloat16"):
+        monkeypatch.setenv("CHATGLM_CPU_PATH", path)
+        assert kernels.cpu_path(x, weight, scale, 4) == path
+    monkeypatch.setenv("CHATGLM_CPU_PATH", "fast")
+    with pytest.raises(ValueError, match="CHATGLM_CPU_PATH must be one of compiled, bfloat16, float32, got 'fast'"):
+        kernels.quantized_linear(x, weight, scale, 4)
+    assert not measured
+
+
+def test_scales_that_the_compiled_library_cannot_read(kernels, choosing):
+    x, weight, scale, _ = random_case(kernels, 4, 64, 256, rows=20, dtype=torch.float64)
+    measured = choosing("compiled")
+    assert kernels.cpu_path(x, weight, scale, 4) == "bfloat16" and "compiled" not in measured
+
+
+def test_measuring(kernels, monkeypatch):
+    """The least of four calls: the first, which compiles and allocates, does not count."""
+    now, lengths = [0.0], [9.0, 3.0, 2.0, 5.0, 4.0]
+    monkeypatch.setattr(kernels, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    arguments = []
+
+    def path(*given):
+        arguments.append(given)
+        now[0] += lengths[len(arguments) - 1]
+
+    monkeypatch.setitem(kernels.CPU_PATHS, "compiled", path)
+    assert kernels.measure("compiled", 1, 2) == 2.0 and arguments == [(1, 2)] * 5
 
 
 # Triton
