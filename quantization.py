@@ -8,8 +8,10 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import initialization as init
 from transformers.core_model_loading import ConversionOps
+from transformers.modeling_utils import load_state_dict
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils import logging
@@ -17,6 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .quantization_kernels import (
     CHUNK_ROWS,
+    GROUP_SIZES,
     dequantize_weight,
     pack_int4,
     quantized_linear,
@@ -31,7 +34,6 @@ QUANT_METHOD = "chatglm"
 QUANTIZED_LINEARS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 # What `quantize_embeddings` adds, in INT8.
 QUANTIZED_EMBEDDINGS = ("word_embeddings", "output_layer")
-GROUP_SIZES = (32, 64, 128)
 
 # Fractions of the largest magnitude that are tried for the end of the range. The best for a bell curve of 4,096 values
 # in INT4 is about 0.7.
@@ -198,9 +200,7 @@ class QuantizedLinear(nn.Linear):
     Its state: `weight`, int8 `[out, in]` or packed `[out, in / 2]`; `weight_scale`, `[out]` or `[out, in / group_size]`;
     `bias`, `[out]`.
 
-    Args:
-        exact_activations: Whether the CPU leaves activations as they are, rather than quantize them to INT8 in blocks of
-            32. While gradients are computed it always does.
+    The CPU quantizes activations to INT8 in blocks of 32, except while gradients are computed.
 
     Raises:
         ValueError: if `in_features` is odd in INT4, or no multiple of `group_size`.
@@ -215,7 +215,6 @@ class QuantizedLinear(nn.Linear):
         dtype=None,
         device=None,
         group_size: int | None = None,
-        exact_activations: bool = False,
     ):
         if bits == 4 and in_features % 2:
             raise ValueError(f"INT4 packs pairs of columns: in_features must be even, got {in_features}.")
@@ -223,8 +222,7 @@ class QuantizedLinear(nn.Linear):
         if group_size is not None and in_features % group_size:
             raise ValueError(f"group_size must divide in_features, got {group_size} and {in_features}.")
         nn.Module.__init__(self)
-        self.in_features, self.out_features, self.bits = in_features, out_features, bits
-        self.group_size, self.exact_activations = group_size, exact_activations
+        self.in_features, self.out_features, self.bits, self.group_size = in_features, out_features, bits, group_size
         columns = in_features // 2 if bits == 4 else in_features
         scales = (out_features,) if group_size is None else (out_features, in_features // group_size)
         self.weight = new_parameter(torch.zeros(out_features, columns, dtype=torch.int8, device=device))
@@ -237,7 +235,7 @@ class QuantizedLinear(nn.Linear):
         group_size = config.group_size if bits == config.bits else None
         has_bias, dtype = linear.bias is not None, linear.weight.dtype
         features = (linear.in_features, linear.out_features)
-        return cls(*features, bits, has_bias, dtype, "meta", group_size, config.exact_activations)
+        return cls(*features, bits, has_bias, dtype, "meta", group_size)
 
     def quantize(self, weight: torch.Tensor, scale_search: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         return quantize_weight(weight, self.bits, self.group_size, scale_search)
@@ -252,7 +250,7 @@ class QuantizedLinear(nn.Linear):
         if torch.is_grad_enabled() and x.requires_grad:
             output = QuantizedMatmul.apply(x, self.weight, self.weight_scale, self.bits)
         else:
-            output = quantized_linear(x, self.weight, self.weight_scale, self.bits, self.exact_activations)
+            output = quantized_linear(x, self.weight, self.weight_scale, self.bits)
         return output if self.bias is None else output + self.bias.to(output.dtype)
 
     def extra_repr(self) -> str:
@@ -290,6 +288,30 @@ class QuantizedEmbedding(nn.Embedding):
 
 def is_quantized(module: nn.Module) -> bool:
     return isinstance(module, (QuantizedLinear, QuantizedEmbedding))
+
+
+def refuse_to_merge(*args, **kwargs):
+    raise ValueError(
+        "An adapter cannot be merged into quantized weights. Call dequantize() on the model first (a PeftModel has the method "
+        "too), then merge; after that the model can be quantized again."
+    )
+
+
+def guard_merging(module: nn.Module, name: str, submodule: nn.Module):
+    """
+    Makes PEFT's layers refuse to merge into a quantized layer, until it is dequantized.
+
+    PEFT adds to `base_layer.weight` whatever that holds. With INT8 this rounded the adapter away, without an error. PEFT
+    asks the layer nothing before, so this watches for the layer being wrapped.
+    """
+    if name == "base_layer":
+        if is_quantized(submodule):
+            module.merge = refuse_to_merge
+        elif vars(module).get("merge") is refuse_to_merge:
+            del module.merge  # its class has the real one
+
+
+register_module_module_registration_hook(guard_merging)
 
 
 def empty_layers(model: nn.Module, config: "ChatGLMQuantizationConfig") -> dict[str, nn.Module]:
@@ -343,8 +365,6 @@ class ChatGLMQuantizationConfig(QuantizationConfigMixin):
         quantize_embeddings (`bool`): Whether to store embedding and output layer in INT8: a fifth of an INT4 model.
         scale_search (`bool`): Whether to look for the scales with the least squared error, rather than take the
             published ones. Takes longer, and gives better answers in the same format.
-        exact_activations (`bool`): Whether the CPU computes with activations as they are, rather than quantize them to
-            INT8 in blocks of 32, which is faster.
 
     Raises:
         ValueError: if `bits` or `group_size` is another number.
@@ -357,10 +377,11 @@ class ChatGLMQuantizationConfig(QuantizationConfigMixin):
         group_size: int | None = None,
         quantize_embeddings: bool = False,
         scale_search: bool = False,
-        exact_activations: bool = False,
         quant_method: str = QUANT_METHOD,
         **kwargs,
     ):
+        if kwargs.pop("exact_activations", False):  # checkpoints of earlier versions have the key
+            logger.warning("exact_activations has no effect any more: CPUs quantize activations, except in training.")
         if kwargs:
             raise TypeError(f"Unknown options for quantization: {', '.join(kwargs)}.")
         if type(bits) is not int or bits not in (4, 8):
@@ -374,7 +395,6 @@ class ChatGLMQuantizationConfig(QuantizationConfigMixin):
         self.group_size = group_size
         self.quantize_embeddings = quantize_embeddings
         self.scale_search = scale_search
-        self.exact_activations = exact_activations
 
 
 class QuantizeWhileLoading(ConversionOps):
@@ -402,6 +422,7 @@ class ChatGLMQuantizer(HfQuantizer):
     is_qat_trainable = False  # without, which the Trainer refuses but where there is a P-Tuning prefix
     is_compileable = True
     serialized_names = {"weight": ["weight", "weight_scale"]}
+    state_dict_to_save = None  # what the model's save_pretrained was given
 
     def is_serializable(self, *args, **kwargs) -> bool:
         return True
@@ -414,8 +435,16 @@ class ChatGLMQuantizer(HfQuantizer):
                 "(save_pretrained), then load that with this device_map."
             )
 
-    def _process_model_before_weight_loading(self, model, **kwargs):
-        for name, layer in empty_layers(model, self.quantization_config).items():
+    def get_state_dict_and_metadata(self, model):
+        """What save_pretrained saves: the library takes it from here rather than from its argument."""
+        state_dict, self.state_dict_to_save = self.state_dict_to_save, None
+        return state_dict, {}
+
+    def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
+        layers = empty_layers(model, self.quantization_config)
+        if layers and self.pre_quantized and checkpoint_files:
+            check_has_scales(checkpoint_files)
+        for name, layer in layers.items():
             if not self.pre_quantized:
                 layer.weight = model.get_submodule(name).weight  # by whose dtype the library (5.9) reads the file's
             model.set_submodule(name, layer)
@@ -459,16 +488,21 @@ def init_quantized(layer: nn.Module):
         init.zeros_(layer.bias)
 
 
+def check_has_scales(files: list[str]):
+    """Raises `ValueError` if files of weights hold no scales: they are not quantized, though the configuration says so."""
+    if not any(name.endswith(".weight_scale") for file in files for name in load_state_dict(file, map_location="meta")):
+        raise ValueError(
+            f"The weights in {files[0]} are not quantized, though quantization_bit or quantization_config in the configuration "
+            "says so. To quantize them while they are loaded, leave quantization_bit out and pass "
+            "quantization_config={'quant_method': 'chatglm', 'bits': 4} to from_pretrained."
+        )
+
+
 def check_state(name: str, layer: nn.Module):
     """Raises `ValueError` if what was loaded into a layer cannot be right."""
     weight, scale = layer.weight, layer.weight_scale
     if scale.device.type == "meta" or weight.device.type == "meta":
         return
-    if weight.dtype != torch.int8:
-        raise ValueError(
-            f"{name}.weight is {weight.dtype}, not int8: the checkpoint is not quantized, though its config.json says so. "
-            "Take quantization_bit and quantization_config out of it, or download the weights again."
-        )
     columns = layer.in_features if isinstance(layer, QuantizedLinear) else layer.embedding_dim
     if 8 * weight.shape[1] != columns * layer.bits:  # 5.9 lets it pass
         raise ValueError(

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, BitsAndBytesConfig
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from conftest import ROOT, SMALL
 
@@ -59,7 +59,7 @@ def test_packing(quantization):
     packed = quantization.pack_int4(values)
     assert packed.view(torch.uint8).tolist() == [[0x1E, 0x79]]  # the even column is in the high half
     assert torch.equal(quantization.dequantize_weight(packed, torch.ones(1), 4), values.float())
-    with pytest.raises(ValueError, match=r"Scales \[2\] do not fit a weight \[1, 4\]"):
+    with pytest.raises(ValueError, match=r"Scales \[2\] .* do not fit a weight \[1, 4\]"):
         quantization.dequantize_weight(packed, torch.ones(2), 4)
 
 
@@ -70,6 +70,58 @@ def test_bfloat16_does_not_wrap(quantization, bits):
     restored = quantization.dequantize_weight(packed, scale.float(), bits)
     error = (restored - weight.float()).norm() / weight.float().norm()
     assert error < {8: 0.01, 4: 0.15}[bits]  # 0.28 where the largest value of a row changes its sign
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("options", [{}, {"group_size": 32}, {"scale_search": True}])
+def test_least_value_is_not_written(quantization, bits, options):
+    """The range is symmetric: -8 and -128 would be what other readers take for a wrapped 8 or 128."""
+    torch.manual_seed(0)
+    weight = torch.randn(64, 256)
+    weight[:, ::7] = -3 * weight[:, ::7].abs()  # the ends of the range are negative
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        packed, scale = quantization.quantize_weight(weight.to(dtype), bits, **options)
+        quantized = quantization.dequantize_weight(packed, torch.ones_like(scale.float()), bits)
+        assert quantized.min() == -(2 ** (bits - 1) - 1)
+    hessian = weight.T @ weight + 20 * torch.eye(256)
+    packed, scale = quantization.quantize_compensated(weight, hessian, bits, options.get("group_size"))
+    assert quantization.dequantize_weight(packed, torch.ones_like(scale), bits).min() == -(2 ** (bits - 1) - 1)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_bfloat16_is_divided_in_float32(quantization, bits):
+    """Its quotients have 8 bits: many halves, which round to even rather than to the nearest."""
+    torch.manual_seed(0)
+    weight = torch.randn(64, 256).bfloat16()
+    packed, scale = quantization.quantize_weight(weight, bits)
+    quantized = quantization.dequantize_weight(packed, torch.ones(64), bits)
+    limit = 2 ** (bits - 1) - 1
+    assert torch.equal(quantized, (weight.float() / scale.float()[:, None]).round().clamp(-limit, limit))
+
+
+def test_scale_search_by_importance(quantization):
+    """Columns that matter more are rounded better; here the small ones, which a smaller scale fits."""
+    torch.manual_seed(0)
+    weight, importance = torch.randn(64, 256), torch.full((256,), 1e-3)
+    weight[:, ::2] *= 0.2
+    importance[::2] = 1
+
+    def error(scale):
+        rounded = quantization.round_to_scale(weight, scale, 4).float() * scale[:, None]
+        return ((rounded - weight).square() * importance).sum()
+
+    searched = quantization.searched_scale(weight, 4, importance)
+    assert error(searched) < 0.7 * error(quantization.searched_scale(weight, 4))
+
+
+def test_calibration_with_groups_of_zeros(quantization):
+    """They leave the groups after them alone."""
+    torch.manual_seed(0)
+    weight, hessian = torch.randn(8, 96), torch.eye(96)
+    weight[:, 32:64] = 0
+    packed, scale = quantization.quantize_compensated(weight, hessian, 8, 32)
+    assert (scale[:, 1] == 0).all()
+    torch.testing.assert_close(quantization.dequantize_weight(packed, scale, 8), weight, atol=0.02, rtol=0)
 
 
 def test_zero_rows(quantization):
@@ -86,6 +138,24 @@ OPTIONS = {
     "search": {"bits": 4, "scale_search": True},
     "some layers": {"bits": 4, "modules_to_not_convert": ["layers.0", "dense_4h_to_h"]},
 }
+
+
+# How far the logits are off, in the norm: what rounding explains, as measured
+ERRORS = {
+    "INT8": 0.019,
+    "INT4": 0.23,
+    "groups": 0.24,
+    "groups of INT8": 0.020,
+    "embeddings": 0.23,
+    "search": 0.31,
+    "some layers": 0.12,
+}
+
+
+def logits_error(model, original, ids=IDS) -> float:
+    with torch.no_grad():
+        exact = original(ids).logits
+        return ((model(ids).logits - exact).norm() / exact.norm()).item()
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -111,9 +181,7 @@ def test_every_way_gives_the_same(checkpoint, chatglm, quantization, name, tmp_p
     assert ("transformer.output_layer.weight_scale" in tensors) == (name == "embeddings")
     assert ("transformer.encoder.layers.1.mlp.dense_4h_to_h.weight_scale" in tensors) == (name != "some layers")
     assert ("transformer.encoder.layers.0.mlp.dense_h_to_4h.weight_scale" in tensors) == (name != "some layers")
-    exact = load(checkpoint)(IDS).logits
-    error = (again(IDS).logits - exact).norm() / exact.norm()
-    assert 0 < error < {8: 0.05, 4: 0.5}[options["bits"]]
+    assert 0.8 * ERRORS[name] < logits_error(again, load(checkpoint)) < 1.2 * ERRORS[name]
 
 
 def test_better_rounding(quantization):
@@ -138,30 +206,47 @@ def test_better_rounding(quantization):
         assert errors(packed, scale)[1] < 0.5 * searched[1]
 
 
-@pytest.mark.parametrize("options", [{}, {"group_size": 32}, {"quantize_embeddings": True}])
-def test_calibration(checkpoint, tmp_path, options):
-    """What it writes is the same format, and nearer to the original model on text like that it saw."""
-    torch.manual_seed(0)
-    ids, unseen = torch.randint(128, (8, 8, 32))[:, :, :].split([7, 1])
-    original = load(checkpoint)
-    exact = original(unseen[0]).logits
+def calibrated_error(checkpoint, **options) -> tuple[float, float]:
+    """Of calibrated INT4's logits, as a share of that without calibration: on the text that it saw, and on other text."""
+    ids, unseen = torch.randint(128, (8, 8, 32)).split([7, 1])
+    original, plain = load(checkpoint), load(checkpoint).quantize(4, **options)
     calibrated = load(checkpoint).quantize(4, calibration=list(ids), **options)
-    plain = load(checkpoint).quantize(4, **options)
-    error, plain_error = (((model(unseen[0]).logits - exact).norm() / exact.norm()) for model in (calibrated, plain))
-    assert error < 0.8 * plain_error
+    return tuple(logits_error(calibrated, original, x[0]) / logits_error(plain, original, x[0]) for x in (ids, unseen))
+
+
+def test_calibration_helps(checkpoint):
+    """
+    0.35 and 0.48 as it is. 0.46 and 0.51 with a hundred times the damping, 0.51 and 0.53 without the correction for the
+    layers before, 0.40 and 0.48 if layers are calibrated for the original model's inputs.
+    """
+    torch.manual_seed(0)
+    seen, unseen = zip(*(calibrated_error(checkpoint) for _ in range(3)))
+    assert sum(seen) / 3 < 0.37 and sum(unseen) / 3 < 0.5
+
+
+@pytest.mark.parametrize(
+    "options", [{"group_size": 32}, {"quantize_embeddings": True}, {"modules_to_not_convert": ["mlp"]}]
+)
+def test_calibration_with_options(checkpoint, tmp_path, options):
+    """It helps as much, and what it writes is the same format."""
+    torch.manual_seed(0)
+    seen, unseen = calibrated_error(checkpoint, **options)
+    assert seen < 0.43 and unseen < 0.6
+    calibrated = load(checkpoint).quantize(4, calibration=[IDS], **options)
     calibrated.save_pretrained(tmp_path / "calibrated")
     same(load(tmp_path / "calibrated"), calibrated)
 
 
-def test_exact_activations(checkpoint, tmp_path):
-    """An option of the configuration, also of a checkpoint that is quantized already."""
-    load(checkpoint).quantize(4).save_pretrained(tmp_path)
-    exact = load(tmp_path).dequantize()(IDS).logits
-    config = AutoConfig.from_pretrained(tmp_path, trust_remote_code=True)
-    rounded = load(tmp_path, config=config)(IDS).logits
-    config.quantization_config["exact_activations"] = True
-    torch.testing.assert_close(load(tmp_path, config=config)(IDS).logits, exact)
-    assert 0 < (rounded - exact).norm() / exact.norm() < 0.03
+@pytest.mark.parametrize("value", [True, False])
+def test_option_of_earlier_versions(checkpoint, tmp_path, logs, value):
+    """Checkpoints that they saved have `exact_activations`: they load, and what no longer counts is said."""
+    model = load(checkpoint).quantize(4)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"]["exact_activations"] = value
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    same(load(tmp_path), model)
+    assert ("exact_activations has no effect any more" in logs.text) is value
 
 
 def test_memory_while_loading(tmp_path):
@@ -232,6 +317,16 @@ def test_twice(checkpoint, logs):
     assert model.config.quantization_bit == 4 and model.state_dict().keys() == before.keys()
 
 
+def test_saving_a_given_state_dict(checkpoint, tmp_path):
+    """The published PrefixTrainer saves nothing but the prefix."""
+    model = load(checkpoint, pre_seq_len=3).quantize(4)
+    name = "transformer.prefix_encoder.embedding.weight"
+    model.save_pretrained(tmp_path / "prefix", state_dict={name: model.get_parameter(name).data})
+    assert list(load_file(tmp_path / "prefix/model.safetensors")) == [name]
+    model.save_pretrained(tmp_path / "whole")
+    assert load_file(tmp_path / "whole/model.safetensors").keys() == model.state_dict().keys()
+
+
 def test_dequantize(checkpoint):
     model = load(checkpoint).quantize(8)
     expected = model(IDS).logits
@@ -258,6 +353,34 @@ def test_lora(checkpoint):
     model(inputs_embeds=embeds, labels=IDS).loss.backward()
     assert embeds.grad.abs().sum() > 0
     assert all(p.grad is not None for n, p in model.named_parameters() if "lora_" in n)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("kind", ["LoraConfig", "IA3Config"])
+def test_merging_adapters(checkpoint, bits, kind):
+    """Refused, however it is asked for, as the rounded weight would lose the adapter; after dequantize() it is right."""
+    peft = pytest.importorskip("peft")
+    options = {"feedforward_modules": []} if kind == "IA3Config" else {}
+    config = getattr(peft, kind)(target_modules=["query_key_value", "dense_h_to_4h"], **options)
+    torch.manual_seed(0)
+    model = peft.get_peft_model(load(checkpoint).quantize(bits), config)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for merge in (
+        lambda: model.merge_and_unload(safe_merge=True),
+        lambda: model.merge_and_unload(),
+        lambda: model.merge_adapter(),
+    ):
+        with pytest.raises(ValueError, match=r"cannot be merged into quantized weights. Call dequantize\(\)"):
+            merge()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    model.dequantize()
+    logits = model(IDS).logits
+    merged = model.merge_and_unload(safe_merge=True)
+    torch.testing.assert_close(merged(IDS).logits, logits, atol=1e-4, rtol=1e-4)
+    assert not merged.quantized and not any("base_layer" in name for name in merged.state_dict())
 
 
 @pytest.mark.parametrize("group_size", [None, 32])
@@ -306,7 +429,7 @@ def test_generation_reuses_the_cache(checkpoint):
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, eos_token_id=-1
     )
     for length in range(ids.shape[1], output.shape[1]):
-        with torch.no_grad():  # with gradients, activations are exact
+        with torch.no_grad():  # with gradients, activations are not quantized
             logits = model(output[:, :length], use_cache=False).logits[0, -1]
         assert logits[output[0, length]] >= logits.max() - 1e-4
 
@@ -375,7 +498,7 @@ def test_weights_that_are_not_finite(checkpoint, write_checkpoint, tmp_path, log
         model.quantize(8)
     assert not model.quantized and not any("scale" in name for name in model.state_dict())
     folder = write_checkpoint(tmp_path / "damaged", WIDE, model.state_dict())
-    with pytest.raises(Exception, match="holds NaN or infinity|issues during automatic conversion"):
+    with pytest.raises(RuntimeError, match="issues during automatic conversion"):
         load(folder, quantization_config={"quant_method": "chatglm", "bits": 8})
     assert "holds NaN or infinity" in logs.text and name in logs.text  # the library's report
 
@@ -410,19 +533,36 @@ def test_calibration_of_a_prefix(checkpoint):
         load(checkpoint, pre_seq_len=3).quantize(4, calibration=[IDS])
 
 
-def test_weights_that_are_not_quantized(checkpoint, write_checkpoint, tmp_path):
-    folder = write_checkpoint(tmp_path / "plain", {**WIDE, "quantization_bit": 4}, load(checkpoint).state_dict())
-    with pytest.raises((ValueError, RuntimeError), match="mismatch|not int8|weight_scale is missing"):
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("file_name", ["model.safetensors", "pytorch_model.bin"])
+def test_weights_that_are_not_quantized(checkpoint, write_checkpoint, tmp_path, bits, file_name):
+    """quantization_bit, in config.json or as an argument, says what a checkpoint is, not what to do with it."""
+    state_dict = load(checkpoint).state_dict()
+    folder = write_checkpoint(tmp_path / "plain", {**WIDE, "quantization_bit": bits})
+    save = save_file if file_name.endswith(".safetensors") else torch.save
+    save(state_dict, folder / file_name)
+    with pytest.raises(ValueError, match=f"{file_name} are not quantized, though .* pass quantization_config="):
         load(folder)
+    with pytest.raises(ValueError, match="model.safetensors are not quantized, though .* pass quantization_config="):
+        load(checkpoint, quantization_bit=bits)
 
 
-def test_wrong_packing(checkpoint, write_checkpoint, tmp_path):
+def test_wrong_packing(checkpoint, write_checkpoint, tmp_path, logs):
+    """The library refuses it since 5.23, and we refuse what it lets pass."""
     state_dict = load(checkpoint).quantize(4).state_dict()
     name = "transformer.encoder.layers.1.mlp.dense_4h_to_h.weight"
     state_dict[name] = state_dict[name][:, :-1].contiguous()
     folder = write_checkpoint(tmp_path / "damaged", {**WIDE, "quantization_bit": 4}, state_dict)
-    with pytest.raises((RuntimeError, ValueError), match="mismatch"):
+    with pytest.raises((RuntimeError, ValueError), match="mismatch") as error:
         load(folder)
+    assert "layers.1.mlp.dense_4h_to_h.weight" in f"{error.value} {logs.text}"
+
+
+def test_wrong_packing_that_the_library_lets_pass(quantization):
+    layer = quantization.QuantizedLinear(128, 64, bits=4, bias=False)
+    layer.weight.data = layer.weight.data[:, :-1]
+    with pytest.raises(ValueError, match="the layer.weight has a size mismatch: 63 columns for 128 of 4 bits"):
+        quantization.check_state("the layer", layer)
 
 
 def test_zero_rows_in_a_checkpoint(checkpoint, tmp_path):

@@ -1,90 +1,18 @@
-"""The products of quantized weights, by every path, against float64; and how the CPU's kernels are compiled."""
+"""Multiplication by quantized weights, by every path, against float64."""
 
-import platform
-import subprocess
 import sys
 from itertools import product
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from quantization_cases import all_cases, float_bound, random_case, rounding_bound
 from torch._subclasses.fake_tensor import FakeTensorMode
-
-
-IS_X86 = platform.machine() in ("x86_64", "AMD64")
-# What the kernels are compiled for; the flags take the place of -march=native.
-BUILDS = {
-    "native": None,
-    "scalar": ["-march=native" if IS_X86 else "-mcpu=native", "-DCHATGLM_SCALAR"],
-    "any CPU": [],
-    "AVX2": ["-mavx2", "-mfma"],
-    "AVX-VNNI": ["-mavx2", "-mfma", "-mavxvnni"],
-}
-SHAPES = [(64, 256), (70, 1000), (33, 688), (5, 34), (130, 4224)]
-ROWS = [1, 2, 3, 7, 16, 17, 30]
 
 
 @pytest.fixture(scope="module")
 def kernels(chatglm):
-    return sys.modules[chatglm.modeling.chunked_linear.__module__]
-
-
-@pytest.fixture
-def fresh(kernels):
-    """Has the library loaded anew for the test, and again after it."""
-    kernels.cpu_library.cache_clear()
-    yield kernels
-    kernels.cpu_library.cache_clear()
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache/chatglm2"
-
-
-def random_case(kernels, bits, out, columns, group_size=None, rows=3, dtype=torch.float32):
-    """Returns x, packed weight, scales, and the weight in float64. One channel of x is 100 times the others."""
-    limit = {4: 7, 8: 127}[bits]
-    quantized = torch.randint(-limit, limit + 1, (out, columns), dtype=torch.int8)
-    scale = torch.rand((out,) if group_size is None else (out, columns // group_size)).to(dtype) - 0.25
-    x = torch.randn(rows, columns)
-    x[:, 3] *= 100
-    weight = kernels.pack_int4(quantized) if bits == 4 else quantized
-    return x.to(dtype), weight, scale, kernels.dequantize_weight(weight, scale.double(), bits)
-
-
-def all_cases(kernels):
-    torch.manual_seed(0)
-    for bits, (out, columns), group_size, rows in product((4, 8), SHAPES, (None, 32, 128), ROWS):
-        if group_size is None or columns % group_size == 0:
-            yield bits, random_case(kernels, bits, out, columns, group_size, rows)
-
-
-def rounding_bound(x: torch.Tensor, weight: torch.Tensor, block: int = 32) -> torch.Tensor:
-    """The most that INT8 in blocks can change x @ weight.T: half a step of its block for each activation."""
-    padding = -x.shape[1] % block
-    blocks = torch.nn.functional.pad(x.double().abs(), (0, padding)).unflatten(1, (-1, block))
-    step = (blocks.amax(-1, keepdim=True) / 127).expand_as(blocks).flatten(1)[:, : x.shape[1]]
-    return step / 2 @ weight.abs().T
-
-
-def float_bound(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return x.double().abs() @ weight.abs().T
-
-
-@pytest.mark.parametrize("build", BUILDS)
-def test_int8_activations(fresh, monkeypatch, cache, build):
-    """No more than rounding in blocks of 32 explains, so that an outlier spoils no more than its block."""
-    if build.startswith("AVX") and build.replace("-", "_").lower() not in fresh.cpu_features():
-        pytest.skip(f"This CPU has no {build}.")
-    if BUILDS[build] is not None:
-        flags = fresh.compiler_flags()[:-1] + BUILDS[build]
-        monkeypatch.setattr(fresh, "compiler_flags", lambda: flags)
-    assert fresh.cpu_library() is not None
-    for bits, (x, weight, scale, exact) in all_cases(fresh):
-        error = (fresh.quantized_linear(x, weight, scale, bits).double() - x.double() @ exact.T).abs()
-        assert (error <= 1.001 * rounding_bound(x, exact) + 1e-5 * float_bound(x, exact)).all()
+    return sys.modules[sys.modules[chatglm.modeling.quantize.__module__].quantized_linear.__module__]
 
 
 def test_dequantize(kernels):
@@ -121,60 +49,116 @@ def test_dtypes(kernels, dtype, group_size, rows):
             assert ((y.double() - x.double() @ exact.T).abs() <= bound + 1e-5).all()
 
 
-def test_few_and_many_rows_agree(kernels):
-    """Decoding and prefill round activations alike: integer sums are exact, so a cache holds what a prompt would."""
-    for bits in (4, 8):
-        x, weight, scale, exact = random_case(kernels, bits, 130, 4224, rows=20)
-        together = kernels.quantized_linear(x, weight, scale, bits)
-        singly = torch.cat([kernels.quantized_linear(row[None], weight, scale, bits) for row in x])
-        assert ((together - singly).abs() <= 1e-5 * float_bound(x, exact)).all()
-
-
-@pytest.mark.parametrize("rows", [1, 20])
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_values_that_are_not_finite(kernels, rows, value):
-    """They must not vanish: the row that has one has no finite result, the others do."""
-    x, weight, scale, _ = random_case(kernels, 4, 64, 256, rows=rows + 1)
-    x[0, 100] = value
-    y = kernels.quantized_linear(x, weight, scale, 4)
-    assert not torch.isfinite(y[0]).any() and torch.isfinite(y[1:]).all()
-
-
-def test_corner_cases(kernels):
-    x, weight, scale, exact = random_case(kernels, 8, 64, 256)
-    assert kernels.quantized_linear(x[:0], weight, scale, 8).shape == (0, 64)
+def test_zeros_and_tiny_activations(kernels):
+    x, weight, scale, _ = random_case(kernels, 8, 64, 256)
     assert (kernels.quantized_linear(0 * x, weight, scale, 8) == 0).all()
     tiny = kernels.quantized_linear(torch.full_like(x, 1e-44), weight, scale, 8)
     assert torch.isfinite(tiny).all() and tiny.abs().max() < 1e-37
+
+
+def test_layout_of_activations(kernels):
+    """Strides and leading dimensions change nothing."""
+    x, weight, scale, _ = random_case(kernels, 8, 64, 256)
     y = kernels.quantized_linear(x.T.contiguous().T[None, :, None], weight, scale, 8)
     assert torch.equal(y, kernels.quantized_linear(x, weight, scale, 8)[None, :, None])
-    wrapped = torch.full_like(weight, -128)  # in checkpoints that the published code made of bfloat16
-    y = kernels.quantized_linear(torch.ones(1, 256), wrapped, torch.ones(64), 8)
-    torch.testing.assert_close(y, torch.full((1, 64), -128.0 * 256))
+    assert torch.equal(kernels.quantized_linear(x[0], weight, scale, 8), y[0, 0, 0])
 
 
-def test_one_openmp(kernels):
-    """The kernels use torch's threads: a second runtime's would fight them for the cores."""
-    assert kernels.cpu_library() is not None
-    if not Path("/proc/self/maps").exists():
-        pytest.skip("There is no /proc/self/maps.")
-    files = {line.split()[-1] for line in open("/proc/self/maps") if "libgomp" in line}
-    # Other wheels (SentencePiece's, scikit-learn's) bring copies for themselves.
-    assert len({file for file in files if ".libs/" not in file}) == 1
+@pytest.mark.parametrize("rows", [1, 20])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_least_value(kernels, bits, rows):
+    """-8 and -128, which this package never writes, but the published code made of bfloat16."""
+    weight = torch.full((64, 256), -128 if bits == 8 else -8, dtype=torch.int8)
+    packed = kernels.pack_int4(weight) if bits == 4 else weight
+    x = torch.ones(rows, 256)
+    expected = torch.full((rows, 64), 256.0 * weight[0, 0].item())
+    torch.testing.assert_close(kernels.quantized_linear(x, packed, torch.ones(64), bits), expected)
+    torch.testing.assert_close(kernels.torch_linear(x, packed, torch.ones(64), bits), expected)
+    assert torch.equal(kernels.dequantize_weight(packed, torch.ones(64), bits), weight.float())
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_wrong_arguments(kernels, bits):
+def test_wrong_activations(kernels, bits):
     """C++ reads what it is told to: shapes and dtypes are checked before."""
     x, weight, scale, _ = random_case(kernels, bits, 64, 256)
-    for wrong in ((x[:, :-2], weight), (torch.cat((x, x), 1), weight), (x, weight.float()), (x.long(), weight)):
+    for wrong in (x[:, :-2], torch.cat((x, x), 1), x.long()):
         with pytest.raises(ValueError, match="Cannot multiply"):
-            kernels.quantized_linear(*wrong, scale, bits)
-    on_meta = kernels.quantized_linear(x.to("meta"), weight.to("meta"), scale.to("meta"), bits)
+            kernels.quantized_linear(wrong, weight, scale, bits)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_wrong_weights(kernels, bits):
+    x, weight, scale, _ = random_case(kernels, bits, 64, 256)
+    for wrong in (weight.float(), weight[0], weight[None], weight.view(torch.uint8)):
+        with pytest.raises(ValueError, match="must be int8 with 2 dimensions"):
+            kernels.quantized_linear(x, wrong, scale, bits)
+    with pytest.raises(ValueError, match="A weight of 2 bits"):
+        kernels.quantized_linear(x, weight, scale, 2)
+
+
+# For a weight of [37, 96]: too few rows or columns of scales, too many, groups of 48, 16 and 96 that no kernel reads
+@pytest.mark.parametrize("shape", [(5, 3), (36,), (38,), (37, 2), (37, 6), (37, 4), (37, 0), (), (37, 1, 1), (3, 37)])
+def test_scales_that_fit_no_weight(kernels, shape):
+    x, weight, scale, _ = random_case(kernels, 4, 37, 96)
+    for call in (
+        lambda scale: kernels.quantized_linear(x, weight, scale, 4),
+        lambda scale: kernels.quantized_linear(x, weight, scale, 4, exact=True),
+        lambda scale: kernels.dequantize_weight(weight, scale, 4),
+    ):
+        with pytest.raises(ValueError, match=r"do not fit a weight \[37, 96\]"):
+            call(torch.ones(shape))
+        with pytest.raises(ValueError, match="torch.int64 do not fit"):
+            call(torch.ones(37, dtype=torch.long))
+
+
+@pytest.mark.parametrize("group_size", [None, 32, 64, 128])
+def test_scales_that_fit(kernels, group_size):
+    """Also one a row with a second dimension."""
+    x, weight, scale, exact = random_case(kernels, 4, 37, 384, group_size)
+    scale = scale[:, None] if group_size is None else scale
+    error = (kernels.quantized_linear(x, weight, scale, 4).double() - x.double() @ exact.T).abs()
+    assert (error <= 1.001 * rounding_bound(x, exact) + 1e-5 * float_bound(x, exact)).all()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("rows, out, columns", [(0, 64, 256), (3, 0, 256), (3, 64, 0), (0, 0, 0)])
+def test_zero_rows_and_columns(kernels, bits, rows, out, columns):
+    x, weight, scale = torch.ones(rows, columns), torch.ones(out, columns * bits // 8).to(torch.int8), torch.ones(out)
+    for exact in (False, True):
+        y = kernels.quantized_linear(x, weight, scale, bits, exact)
+        assert y.shape == (rows, out) and not y.any()
+    assert kernels.dequantize_weight(weight, scale, bits).shape == (out, columns)
+    assert kernels.quantized_linear_backward(torch.ones(rows, out), weight, scale, bits).shape == (rows, columns)
+
+
+def test_no_data(kernels):
+    """Tensors on the meta device, and those of a tracer, get the right shape."""
+    x, weight, scale, _ = random_case(kernels, 4, 64, 256)
+    on_meta = kernels.quantized_linear(x.to("meta"), weight.to("meta"), scale.to("meta"), 4)
     assert on_meta.shape == (3, 64) and on_meta.is_meta
     with FakeTensorMode() as mode:
-        fake = kernels.quantized_linear(*(mode.from_tensor(t) for t in (x, weight, scale)), bits)
+        fake = kernels.quantized_linear(*(mode.from_tensor(t) for t in (x, weight, scale)), 4)
     assert fake.shape == (3, 64)
+
+
+@pytest.mark.parametrize("i", range(3))
+def test_tensors_on_several_devices(kernels, i):
+    """No pointer of another device reaches C++; and torch's own INT8 matmul would give anything."""
+    tensors = list(random_case(kernels, 8, 64, 256)[:3])
+    tensors[i] = tensors[i].to("meta")
+    with pytest.raises(ValueError, match="on meta"):
+        kernels.quantized_linear(*tensors, 8)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("group_size", [None, 32])
+def test_float16_stays_finite(kernels, bits, group_size):
+    """The scale is rounded: 7 times that of 65504 is more than float16 can hold."""
+    scale = torch.tensor(65504 / (2 ** (bits - 1) - 1)).half().expand((64,) if group_size is None else (64, 2))
+    values = torch.full((64, 64), 2 ** (bits - 1) - 1, dtype=torch.int8)
+    values[:, ::2] *= -1
+    weight = kernels.pack_int4(values) if bits == 4 else values
+    assert torch.equal(kernels.dequantize_weight(weight, scale, bits), values.sign() * torch.tensor(65504).half())
 
 
 def test_trace(kernels):
@@ -202,101 +186,184 @@ def test_exact_under_autocast(kernels):
     assert ((y.double() - x.double() @ exact.T).abs() <= 1e-5 * float_bound(x, exact)).all()
 
 
-# Compiling
+# The choice among the CPU's ways
 
 
-def test_compiled_once(fresh, cache):
-    assert fresh.cpu_library() is not None
-    (library,) = cache.glob("*.so")
-    before = library.stat().st_mtime_ns
-    fresh.cpu_library.cache_clear()
-    assert fresh.cpu_library() is not None
-    assert library.stat().st_mtime_ns == before
-    assert {path.suffix for path in cache.iterdir()} == {".so", ".lock"}
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_bfloat16_path(kernels, dtype):
+    """
+    Activations, weights and results are rounded to 8 bits each. In the norm this is less than what INT8 in blocks of 32
+    rounds, also without outliers.
+    """
+    torch.manual_seed(0)
+    for bits, group_size, rows in product((4, 8), (None, 32), (17, 30)):
+        x, weight, scale, exact = random_case(kernels, bits, 1100, 256, group_size, rows, dtype)  # more than a chunk
+        y = kernels.torch_linear(x, weight, scale, bits, torch.bfloat16)
+        error = (y.double() - x.double() @ exact.T).abs()
+        bound = 2**-8 * (2.01 * float_bound(x, exact) + 1.01 * (x.double() @ exact.T).abs())
+        assert y.dtype == dtype and (error <= bound + torch.finfo(dtype).eps * y.double().abs()).all()
+        x[:, 3] /= 100  # the outlier
+        exact_y = x.double() @ exact.T
+        y = kernels.torch_linear(x, weight, scale, bits, torch.bfloat16)
+        rounded = kernels.cpu_linear(x, weight, scale, bits)
+        assert (y.double() - exact_y).norm() < 0.7 * (rounded.double() - exact_y).norm() < 0.01 * exact_y.norm()
 
 
-def test_damaged_library(fresh, cache, monkeypatch, logs):
-    assert fresh.cpu_library() is not None
-    (library,) = cache.glob("*.so")
-    other = cache.parent / "other"
-    monkeypatch.setenv("XDG_CACHE_HOME", str(other))
-    (other / "chatglm2").mkdir(parents=True)
-    (other / "chatglm2" / library.name).write_bytes(b"not a library")
-    fresh.cpu_library.cache_clear()
-    assert fresh.cpu_library() is not None
-    assert "is damaged, and compiled again" in logs.text
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_bfloat16_path_with_values_that_are_not_finite(kernels, value):
+    x, weight, scale, _ = random_case(kernels, 4, 64, 256, rows=20)
+    x[0, 100] = value
+    y = kernels.torch_linear(x, weight, scale, 4, torch.bfloat16)
+    assert torch.isfinite(y[1:]).all() and not torch.isfinite(y[0][kernels.unpack_int4(weight)[:, 100] != 0]).any()
 
 
-def test_processes_that_start_together(kernels, cache):
-    code = (
-        "import sys; from transformers.dynamic_module_utils import get_class_from_dynamic_module as get;"
-        f"model = get('modeling_chatglm.ChatGLMModel', {str(Path(__file__).parent.parent)!r});"
-        "kernels = sys.modules[sys.modules[model.__module__].chunked_linear.__module__];"
-        "assert kernels.cpu_library() is not None; print('compiled')"
-    )
-    processes = [
-        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for _ in range(3)
-    ]
-    for process in processes:
-        output, error = process.communicate()
-        assert process.returncode == 0 and "compiled" in output, error
-    assert len(list(cache.glob("*.so"))) == 1
+@pytest.fixture
+def choosing(kernels, tmp_path, monkeypatch):
+    """Has every weight measured, by a clock on which the named path is fastest; returns the list of what was measured."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("CHATGLM_CPU_PATH", raising=False)
+    monkeypatch.setattr(kernels, "MEASURED_SIZE", 0)
+    (tmp_path / "chatglm2").mkdir(mode=0o700)
+    kernels.chosen_paths.clear()
+    measured = []
+
+    def fastest(path):
+        def measure(candidate, *arguments):
+            measured.append(candidate)
+            return 1.0 if candidate == path else 2.0
+
+        monkeypatch.setattr(kernels, "measure", measure)
+        return measured
+
+    yield fastest
+    kernels.chosen_paths.clear()
 
 
-def test_compiled_elsewhere(fresh, cache, monkeypatch):
-    """A library that is there, in a container image for instance, needs no compiler and no folder to write to."""
-    assert fresh.cpu_library() is not None
-    monkeypatch.setenv("PATH", "")
-    monkeypatch.setattr(fresh.tempfile, "TemporaryFile", None)
-    fresh.cpu_library.cache_clear()
-    assert fresh.cpu_library() is not None
+def chosen_file(tmp_path):
+    (path,) = (tmp_path / "chatglm2").glob("*.json")
+    return path
 
 
-def assert_falls_back(kernels, logs, message: str):
-    x, weight, scale, exact = random_case(kernels, 4, 64, 256)
+@pytest.mark.parametrize("path", ["compiled", "bfloat16", "float32"])
+def test_the_fastest_path_multiplies(kernels, choosing, monkeypatch, path):
+    called = []
+    for name, function in kernels.CPU_PATHS.items():
+        spy = lambda *args, name=name, function=function: (called.append(name), function(*args))[1]  # noqa: E731
+        monkeypatch.setitem(kernels.CPU_PATHS, name, spy)
+    measured = choosing(path)
+    x, weight, scale, exact = random_case(kernels, 4, 70, 256, rows=20)
     for _ in range(2):
         y = kernels.quantized_linear(x, weight, scale, 4)
-    assert ((y.double() - x.double() @ exact.T).abs() <= 1e-5 * float_bound(x, exact)).all()
-    assert logs.text.count(message) == 1
+        error = (y.double() - x.double() @ exact.T).abs()
+        assert (error <= 1.001 * rounding_bound(x, exact) + 2**-8 * 3.1 * float_bound(x, exact)).all()
+    assert called == [path] * 2 and measured == list(kernels.CPU_PATHS)
 
 
-def test_no_compiler(fresh, cache, monkeypatch, logs):
-    monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setenv("PATH", "")
-    assert_falls_back(fresh, logs, "There is no C++ compiler")
+def test_a_choice_for_each_kind(kernels, choosing):
+    """Bits, groups, dtype, few or many rows; but not for each number of rows or columns."""
+    measured = choosing("bfloat16")
+    kinds = list(product((4, 8), (None, 32), (torch.float32, torch.bfloat16), ((1, 16), (17, 30))))
+    for bits, group_size, dtype, rows in kinds:
+        for n, columns in product(rows, (256, 512)):
+            x, weight, scale, _ = random_case(kernels, bits, 33, columns, group_size, n, dtype)
+            kernels.quantized_linear(x, weight, scale, bits)
+    assert len(measured) == len(kernels.CPU_PATHS) * len(kinds)
 
 
-def test_compiler_that_is_no_command(fresh, cache, monkeypatch, logs):
-    monkeypatch.setenv("CXX", "g++ '")
-    assert_falls_back(fresh, logs, "No closing quotation")
+def test_choices_are_kept_for_the_next_process(kernels, choosing, tmp_path):
+    x, weight, scale, _ = random_case(kernels, 4, 64, 256, rows=20)
+    choosing("float32")
+    assert kernels.cpu_path(x, weight, scale, 4) == "float32"
+    assert kernels.cpu_path(x[:1], weight, scale, 4) == "float32"
+    kernels.chosen_paths.clear()
+    measured = choosing("bfloat16")
+    measured.clear()
+    assert kernels.cpu_path(x, weight, scale, 4) == kernels.cpu_path(x[:1], weight, scale, 4) == "float32"
+    assert not measured
 
 
-def test_compiler_that_fails(fresh, cache, monkeypatch, logs, tmp_path):
-    compiler = tmp_path / "compiler"
-    compiler.write_text("#!/bin/sh\necho out of cheese >&2\nkill -SEGV $$\n")
-    compiler.chmod(0o755)
-    monkeypatch.setenv("CXX", str(compiler))
-    assert_falls_back(fresh, logs, "There are no kernels for the CPU")
-    assert "out of cheese" in logs.text and not list(cache.glob("*.so"))
+@pytest.mark.parametrize(
+    "damage", ["cut", "list", "unknown path", "not text", "writable for others", "none", "other torch"]
+)
+def test_choices_that_are_not_trusted(kernels, choosing, tmp_path, monkeypatch, damage):
+    """They are measured again, and written where they can be."""
+    x, weight, scale, _ = random_case(kernels, 4, 64, 256, rows=20)
+    choosing("float32")
+    kernels.cpu_path(x, weight, scale, 4)
+    file = chosen_file(tmp_path)
+    content = file.read_bytes()
+    damaged = {
+        "cut": content[:-5],
+        "list": b"[1]",
+        "unknown path": content.replace(b'float32"', b'gpu"'),
+        "not text": b"\xff",
+    }
+    if damage in damaged:
+        assert damaged[damage] != content
+        file.write_bytes(damaged[damage])
+    elif damage == "writable for others":
+        file.chmod(0o666)
+    elif damage == "none":
+        file.unlink()
+    else:
+        monkeypatch.setattr(torch, "__version__", "0.0")
+    kernels.chosen_paths.clear()
+    choosing("bfloat16")
+    assert kernels.cpu_path(x, weight, scale, 4) == "bfloat16"
+    kernels.chosen_paths.clear()
+    choosing("compiled").clear()
+    assert kernels.cpu_path(x, weight, scale, 4) == "bfloat16"
 
 
-def test_compiler_that_hangs(fresh, cache, monkeypatch, logs, tmp_path):
-    compiler = tmp_path / "compiler"
-    compiler.write_text(f"#!/bin/sh\nsleep 1000 & echo $! > {tmp_path}/child\nwait\n")
-    compiler.chmod(0o755)
-    monkeypatch.setenv("CXX", str(compiler))
-    monkeypatch.setattr(fresh, "COMPILE_SECONDS", 1)
-    assert_falls_back(fresh, logs, "did not end within 1 s")
-    child = Path("/proc", (tmp_path / "child").read_text().strip())
-    assert not child.exists() or "zombie" in (child / "status").read_text()
+def test_choices_that_cannot_be_kept(kernels, choosing, tmp_path):
+    """Where others can write to the folder, nothing is written; the process goes by what it measured."""
+    (tmp_path / "chatglm2").chmod(0o777)
+    x, weight, scale, _ = random_case(kernels, 4, 64, 256, rows=20)
+    measured = choosing("float32")
+    for _ in range(2):
+        assert kernels.cpu_path(x, weight, scale, 4) == "float32"
+    assert len(measured) == 3 and not list((tmp_path / "chatglm2").iterdir())
 
 
-def test_cache_that_cannot_be_written(fresh, monkeypatch, logs, tmp_path):
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert fresh.cpu_library() is not None
-    assert "cannot be written to" in logs.text and "Set XDG_CACHE_HOME" in logs.text
+def test_small_weights_are_not_measured(kernels, choosing, monkeypatch):
+    monkeypatch.setattr(kernels, "MEASURED_SIZE", 64 * 256)
+    measured = choosing("float32")
+    x, weight, scale, _ = random_case(kernels, 8, 63, 256, rows=20)
+    assert kernels.cpu_path(x, weight, scale, 8) == "compiled" and not measured
+    x, weight, scale, _ = random_case(kernels, 8, 64, 256, rows=20)
+    assert kernels.cpu_path(x, weight, scale, 8) == "float32" and measured
+
+
+def test_forced_path(kernels, choosing, monkeypatch):
+    measured = choosing("float32")
+    x, weight, scale, _ = random_case(kernels, 4, 64, 256, rows=20)
+    for path in ("compiled", "bfloat16"):
+        monkeypatch.setenv("CHATGLM_CPU_PATH", path)
+        assert kernels.cpu_path(x, weight, scale, 4) == path
+    monkeypatch.setenv("CHATGLM_CPU_PATH", "fast")
+    with pytest.raises(ValueError, match="CHATGLM_CPU_PATH must be one of compiled, bfloat16, float32, got 'fast'"):
+        kernels.quantized_linear(x, weight, scale, 4)
+    assert not measured
+
+
+def test_scales_that_the_compiled_library_cannot_read(kernels, choosing):
+    x, weight, scale, _ = random_case(kernels, 4, 64, 256, rows=20, dtype=torch.float64)
+    measured = choosing("compiled")
+    assert kernels.cpu_path(x, weight, scale, 4) == "bfloat16" and "compiled" not in measured
+
+
+def test_measuring(kernels, monkeypatch):
+    """The least of four calls: the first, which compiles and allocates, does not count."""
+    now, lengths = [0.0], [9.0, 3.0, 2.0, 5.0, 4.0]
+    monkeypatch.setattr(kernels, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    arguments = []
+
+    def path(*given):
+        arguments.append(given)
+        now[0] += lengths[len(arguments) - 1]
+
+    monkeypatch.setitem(kernels.CPU_PATHS, "compiled", path)
+    assert kernels.measure("compiled", 1, 2) == 2.0 and arguments == [(1, 2)] * 5
 
 
 # Triton

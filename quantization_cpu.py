@@ -1,0 +1,838 @@
+"""INT4 and INT8 matrix multiplication on CPUs: the C++, how it is compiled and when a compiled library is trusted.
+
+Remote code is loaded from Python files alone, so the C++ stands here as text. It is compiled at first use, for the
+machine that it is on, and kept in `~/.cache/chatglm2`.
+"""
+
+import ctypes
+import functools
+import hashlib
+import json
+import os
+import platform
+import shlex
+import shutil
+import signal
+import stat
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from transformers.utils import logging
+
+
+try:
+    import grp
+    import pwd
+except ImportError:  # Windows, where nothing is compiled
+    grp = pwd = None
+
+logger = logging.get_logger(__name__)
+
+CPP_SOURCE = r"""
+// y = x * weight^T, for weights in INT8 or INT4 with a scale for each row or each group of columns.
+//
+// Activations are quantized to INT8 in blocks of 32 columns, so that an outlier spoils no more than its block, and
+// multiplied as integers: vpdpbusd or vpmaddubsw take unsigned weights and signed activations, so `offset` is added to
+// the weights, and the sum that it adds to each product is what the accumulators start from.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#if defined(__AVX2__) && !defined(CHATGLM_SCALAR)
+#include <immintrin.h>
+#endif
+#if defined(_OPENMP)
+extern "C" int omp_get_thread_num(void);  // macOS has no omp.h
+#endif
+
+namespace {
+
+constexpr int64_t BLOCK = 32;     // columns of activations that share a scale
+constexpr int64_t FEW_ROWS = 16;
+constexpr int64_t PADDING = 128;  // columns are padded to a multiple of this, at least a vector of INT4
+
+enum ScaleType { FLOAT32, FLOAT16, BFLOAT16 };
+
+struct Problem {
+  const float *x;        // [rows, in]
+  const int8_t *weight;  // [out, in * bits / 8]
+  const void *scale;     // [out, groups]
+  int scale_type;
+  float *y;              // [rows, out]
+  int64_t rows, out, in, groups;
+  int bits, threads;
+
+  int64_t row_bytes() const { return in * bits / 8; }
+  int64_t group_size() const { return in / groups; }
+
+  void read_scales(int64_t row, float *to) const {
+    int64_t begin = row * groups;
+    if (scale_type == FLOAT32) {
+      memcpy(to, (const float *)scale + begin, groups * sizeof(float));
+      return;
+    }
+    for (int64_t i = 0; i < groups; i++) {
+      uint32_t half = ((const uint16_t *)scale)[begin + i];
+      uint32_t word = half << 16;
+      if (scale_type == FLOAT16) word = ((half & 0x8000) << 16) + ((half & 0x7fff) << 13) + (112 << 23);
+      memcpy(to + i, &word, sizeof(float));
+      // Subnormal; scales are finite, so there is no other special case.
+      if (scale_type == FLOAT16 && !(half & 0x7c00)) to[i] = (half & 0x8000 ? -0x1p-24f : 0x1p-24f) * (half & 0x3ff);
+    }
+  }
+};
+
+int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+template <class T>
+struct Buffer {
+  T *data;
+  explicit Buffer(int64_t n) : data((T *)aligned_alloc(64, round_up(n * sizeof(T) + 64, 64))) {
+    if (!data) throw std::bad_alloc();
+  }
+  ~Buffer() { free(data); }
+  Buffer(const Buffer &) = delete;
+  operator T *() const { return data; }
+};
+
+// A part for each thread. Allocated before they start: what one of them throws would end the process.
+template <class T>
+struct Scratch : Buffer<T> {
+  int64_t size;
+  Scratch(int threads, int64_t n) : Buffer<T>(threads * round_up(n, 64)), size(round_up(n, 64)) {}
+  T *mine() const {
+#if defined(_OPENMP)
+    return this->data + omp_get_thread_num() * size;
+#else
+    return this->data;
+#endif
+  }
+};
+
+// Quantizes a row; scale[i] is that of columns [i * BLOCK, (i + 1) * BLOCK). NaN and infinity make the scale NaN.
+void quantize_row(const float *x, int64_t columns, int8_t *q, float *scale) {
+  for (int64_t begin = 0; begin < columns; begin += BLOCK) {
+    int64_t n = std::min(BLOCK, columns - begin);
+    float largest = 0, not_finite = 0;
+#pragma omp simd reduction(max : largest) reduction(+ : not_finite)
+    for (int64_t i = begin; i < begin + n; i++) {
+      largest = std::max(largest, std::fabs(x[i]));
+      not_finite += x[i] * 0.0f;
+    }
+    float inverse = largest > 0 && largest < INFINITY ? 127 / largest : 0;
+    if (!(inverse < INFINITY)) inverse = largest = 0;  // so small that 127 / largest overflows
+#pragma omp simd
+    for (int64_t i = begin; i < begin + n; i++) q[i] = (int8_t)(int32_t)std::nearbyint(x[i] * inverse);
+    scale[begin / BLOCK] = largest / 127 + not_finite;
+  }
+}
+
+template <int bits>
+void unpack_row(const int8_t *weight, int64_t columns, int8_t *to) {
+  if (bits == 8) {
+    memcpy(to, weight, columns);
+  } else {
+    for (int64_t i = 0; i < columns / 2; i++) {
+      to[2 * i] = weight[i] >> 4;
+      to[2 * i + 1] = (int8_t)((uint8_t)weight[i] << 4) >> 4;
+    }
+  }
+}
+
+inline void put(float value, float *to) { *to = value; }
+inline void put(float value, uint16_t *to) {  // bfloat16, to the nearest, ties to even; there is no NaN
+  uint32_t word;
+  memcpy(&word, &value, sizeof(word));
+  *to = (word + 0x7fff + ((word >> 16) & 1)) >> 16;
+}
+
+// The weight in float32 or bfloat16, to y.
+template <int bits, class T>
+void dequantize(const Problem &p, T *y) {
+  const Scratch<int8_t> quantized_scratch(p.threads, p.in);
+  const Scratch<float> scale_scratch(p.threads, p.groups);
+#pragma omp parallel num_threads(p.threads)
+  {
+    int8_t *quantized = quantized_scratch.mine();
+    float *scale = scale_scratch.mine();
+#pragma omp for schedule(static)
+    for (int64_t n = 0; n < p.out; n++) {
+      unpack_row<bits>(p.weight + n * p.row_bytes(), p.in, quantized);
+      p.read_scales(n, scale);
+      for (int64_t g = 0; g < p.groups; g++) {
+        T *to = y + n * p.in;
+#pragma omp simd
+        for (int64_t k = g * p.group_size(); k < (g + 1) * p.group_size(); k++) put(quantized[k] * scale[g], to + k);
+      }
+    }
+  }
+}
+
+// What the instruction set has to offer: vectors of `lanes` 32-bit numbers, and the product of bytes, four to a lane.
+
+#if defined(__AVX512BW__) && defined(__AVX512VNNI__) && !defined(CHATGLM_SCALAR)
+#define CHATGLM_VECTORS
+typedef __m512i Ints;
+typedef __m512 Floats;
+constexpr int TILE_ROWS = 6, TILE_VECTORS = 4;  // accumulators of a tile, all in registers
+inline Ints load(const void *p) { return _mm512_loadu_si512(p); }
+inline void store(void *p, Ints v) { _mm512_storeu_si512(p, v); }
+inline Floats load_floats(const float *p) { return _mm512_loadu_ps(p); }
+inline void store_floats(float *p, Floats v) { _mm512_storeu_ps(p, v); }
+inline Ints repeat(int32_t v) { return _mm512_set1_epi32(v); }
+inline Floats repeat_float(float v) { return _mm512_set1_ps(v); }
+// (v ^ 8) & 15 in each byte: INT4 with 8 added, from the low and the high half
+inline Ints low_half(Ints v) { return _mm512_ternarylogic_epi32(v, repeat(0x08080808), repeat(0x0f0f0f0f), 0x28); }
+inline Ints high_half(Ints v) { return low_half(_mm512_srli_epi16(v, 4)); }
+inline Ints whole_byte(Ints v) { return _mm512_xor_si512(v, repeat((int32_t)0x80808080)); }
+template <int bits> inline Ints dot(Ints sum, Ints weight, Ints x) { return _mm512_dpbusd_epi32(sum, weight, x); }
+constexpr int offset(int bits) { return bits == 4 ? 8 : 128; }
+inline Floats to_floats(Ints v) { return _mm512_cvtepi32_ps(v); }
+inline Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+inline float total(Floats v) { return _mm512_reduce_add_ps(v); }
+inline Floats pick(const float *p, Ints lanes) { return _mm512_permutexvar_ps(lanes, _mm512_loadu_ps(p)); }
+inline Ints gather(const int8_t *p, Ints offsets) { return _mm512_i32gather_epi32(offsets, p, 1); }
+
+#elif defined(__AVX2__) && defined(__FMA__) && !defined(CHATGLM_SCALAR)
+#define CHATGLM_VECTORS
+typedef __m256i Ints;
+typedef __m256 Floats;
+constexpr int TILE_ROWS = 4, TILE_VECTORS = 2;
+inline Ints load(const void *p) { return _mm256_loadu_si256((const Ints *)p); }
+inline void store(void *p, Ints v) { _mm256_storeu_si256((Ints *)p, v); }
+inline Floats load_floats(const float *p) { return _mm256_loadu_ps(p); }
+inline void store_floats(float *p, Floats v) { _mm256_storeu_ps(p, v); }
+inline Ints repeat(int32_t v) { return _mm256_set1_epi32(v); }
+inline Floats repeat_float(float v) { return _mm256_set1_ps(v); }
+inline Ints low_half(Ints v) {
+  return _mm256_and_si256(_mm256_xor_si256(v, repeat(0x08080808)), repeat(0x0f0f0f0f));
+}
+inline Ints high_half(Ints v) { return low_half(_mm256_srli_epi16(v, 4)); }
+#if defined(__AVXVNNI__)
+inline Ints whole_byte(Ints v) { return _mm256_xor_si256(v, repeat((int32_t)0x80808080)); }
+template <int bits> inline Ints dot(Ints sum, Ints weight, Ints x) { return _mm256_dpbusd_avx_epi32(sum, weight, x); }
+constexpr int offset(int bits) { return bits == 4 ? 8 : 128; }
+#else
+inline Ints whole_byte(Ints v) { return v; }
+template <int bits> inline Ints dot(Ints sum, Ints weight, Ints x) {
+  // Pairs are summed in 16 bits, which 255 * 127 * 2 would not fit: INT8 keeps its sign and gives it to x instead.
+  Ints pairs = bits == 4 ? _mm256_maddubs_epi16(weight, x)
+                         : _mm256_maddubs_epi16(_mm256_abs_epi8(weight), _mm256_sign_epi8(x, weight));
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+constexpr int offset(int bits) { return bits == 4 ? 8 : 0; }
+#endif
+inline Floats to_floats(Ints v) { return _mm256_cvtepi32_ps(v); }
+inline Floats multiply(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
+inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+inline float total(Floats v) {
+  __m128 sum = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+  return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
+}
+inline Floats pick(const float *p, Ints lanes) { return _mm256_permutevar8x32_ps(_mm256_loadu_ps(p), lanes); }
+inline Ints gather(const int8_t *p, Ints offsets) { return _mm256_i32gather_epi32((const int *)p, offsets, 1); }
+#endif
+
+#if defined(CHATGLM_VECTORS)
+
+constexpr int64_t VECTOR = sizeof(Ints), LANES = VECTOR / 4;
+
+// ---- Few rows: memory is the limit. The weight is read once, four of its rows at a time, in its own order.
+
+// A row of activations in the order in which unpacking leaves the weights. Each vector of INT4 holds 2 * VECTOR columns:
+// the even ones, then the odd ones. The lanes of a product sum neighbouring columns, which share a scale.
+struct FewRow {
+  const int8_t *q;
+  const float *scale;     // of each lane of each vector
+  const int32_t *start;   // -offset * sum of q in each lane
+};
+
+template <int bits>
+struct FewRowsLinear {
+  static constexpr int64_t COLUMNS = VECTOR * 8 / bits;  // in a vector of weights
+  static constexpr int64_t LANE_COLUMNS = COLUMNS / LANES;
+  static constexpr int WEIGHT_ROWS = 4;
+
+  static void arrange(const int8_t *q, const float *scale, int64_t vectors, int8_t *to, float *lane_scale,
+                      int32_t *start) {
+    for (int64_t lane = 0; lane < vectors * LANES; lane++) {
+      int32_t sum = 0;
+      for (int64_t i = lane * LANE_COLUMNS; i < (lane + 1) * LANE_COLUMNS; i++) sum += q[i];
+      start[lane] = -offset(bits) * sum;
+      lane_scale[lane] = scale[lane * LANE_COLUMNS / BLOCK];
+    }
+    if (bits == 8) {
+      memcpy(to, q, vectors * COLUMNS);
+      return;
+    }
+    for (int64_t v = 0; v < vectors; v++)
+      for (int64_t i = 0; i < VECTOR; i++) {
+        to[v * COLUMNS + i] = q[v * COLUMNS + 2 * i];
+        to[v * COLUMNS + VECTOR + i] = q[v * COLUMNS + 2 * i + 1];
+      }
+  }
+
+  // y[m][r] = product of M rows of activations with WEIGHT_ROWS rows of the weight
+  template <int M, bool grouped>
+  static void tile(const Problem &p, const int8_t *const *weight, const float *const *scale, const FewRow *x,
+                   float (*y)[WEIGHT_ROWS]) {
+    const int64_t bytes = p.row_bytes(), full = bytes / VECTOR, group_size = p.group_size();
+    Floats sum[WEIGHT_ROWS][M];
+    for (auto &row : sum)
+      for (auto &element : row) element = repeat_float(0);
+    int32_t group_of_lane[LANES];
+    for (int64_t lane = 0; lane < LANES; lane++) group_of_lane[lane] = lane * LANE_COLUMNS / group_size;
+    const Ints lanes = load(group_of_lane);
+
+    auto step = [&](const int8_t *const *at, int64_t v) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+      for (int r = 0; r < WEIGHT_ROWS; r++) {
+        Ints packed = load(at[r]);
+        // The same place in the next rows to come: hardware does not foresee the jump.
+        __builtin_prefetch(at[r] + WEIGHT_ROWS * bytes);
+        Ints first = bits == 4 ? high_half(packed) : whole_byte(packed);
+        Ints second = low_half(packed);
+        Floats group_scale = grouped ? pick(scale[r] + v * COLUMNS / group_size, lanes) : repeat_float(1);
+#pragma GCC unroll 4
+        for (int m = 0; m < M; m++) {
+          Ints product = dot<bits>(load(x[m].start + v * LANES), first, load(x[m].q + v * COLUMNS));
+          if (bits == 4) product = dot<bits>(product, second, load(x[m].q + v * COLUMNS + VECTOR));
+          Floats s = load_floats(x[m].scale + v * LANES);
+          if (grouped) s = multiply(s, group_scale);
+          sum[r][m] = multiply_add(to_floats(product), s, sum[r][m]);
+        }
+      }
+    };
+    const int8_t *at[WEIGHT_ROWS];
+    for (int64_t v = 0; v < full; v++) {
+      for (int r = 0; r < WEIGHT_ROWS; r++) at[r] = weight[r] + v * VECTOR;
+      step(at, v);
+    }
+    if (full * VECTOR < bytes) {
+      int8_t rest[WEIGHT_ROWS][VECTOR] = {};
+      for (int r = 0; r < WEIGHT_ROWS; r++) {
+        memcpy(rest[r], weight[r] + full * VECTOR, bytes - full * VECTOR);
+        at[r] = rest[r];
+      }
+      step(at, full);
+    }
+    for (int m = 0; m < M; m++)
+      for (int r = 0; r < WEIGHT_ROWS; r++) y[m][r] = total(sum[r][m]) * (grouped ? 1 : scale[r][0]);
+  }
+
+  template <bool grouped>
+  static void run(const Problem &p) {
+    const int64_t padded = round_up(p.in, PADDING), vectors = padded / COLUMNS, lanes = vectors * LANES;
+    Buffer<int8_t> natural(padded), q(p.rows * padded);
+    Buffer<float> block_scale(padded / BLOCK), lane_scale(p.rows * lanes);
+    Buffer<int32_t> start(p.rows * lanes);
+    FewRow x[FEW_ROWS];
+    memset(natural, 0, padded);
+    memset(block_scale, 0, padded / BLOCK * sizeof(float));
+    for (int64_t m = 0; m < p.rows; m++) {
+      quantize_row(p.x + m * p.in, p.in, natural, block_scale);
+      arrange(natural, block_scale, vectors, q + m * padded, lane_scale + m * lanes, start + m * lanes);
+      x[m] = {q + m * padded, lane_scale + m * lanes, start + m * lanes};
+    }
+    const int64_t scales = p.groups + LANES;  // `pick` reads a whole vector
+    const Scratch<float> scale_scratch(p.threads, WEIGHT_ROWS * scales);
+#pragma omp parallel num_threads(p.threads)
+    {
+      float *scale = scale_scratch.mine();
+      memset(scale, 0, WEIGHT_ROWS * scales * sizeof(float));
+#pragma omp for schedule(dynamic, 16)
+      for (int64_t n = 0; n < p.out; n += WEIGHT_ROWS) {
+        const int64_t count = std::min<int64_t>(WEIGHT_ROWS, p.out - n);
+        const int8_t *weight[WEIGHT_ROWS];
+        const float *row_scale[WEIGHT_ROWS];
+        for (int64_t r = 0; r < WEIGHT_ROWS; r++) {
+          int64_t row = std::min(n + r, p.out - 1);
+          weight[r] = p.weight + row * p.row_bytes();
+          p.read_scales(row, scale + r * scales);
+          row_scale[r] = scale + r * scales;
+        }
+        float y[4][WEIGHT_ROWS];
+        for (int64_t m = 0, done; m < p.rows; m += done) {
+          done = p.rows - m >= 4 ? 4 : p.rows - m >= 2 ? 2 : 1;
+          if (done == 4) tile<4, grouped>(p, weight, row_scale, x + m, y);
+          if (done == 2) tile<2, grouped>(p, weight, row_scale, x + m, y);
+          if (done == 1) tile<1, grouped>(p, weight, row_scale, x + m, y);
+          for (int64_t i = 0; i < done; i++) memcpy(p.y + (m + i) * p.out + n, y[i], count * sizeof(float));
+        }
+      }
+    }
+  }
+};
+
+// ---- Many rows: arithmetic is the limit. A panel of the weight is unpacked and transposed, so that the lanes are its
+// rows, and stays in the cache while all activations pass by, a tile of accumulators in registers at a time.
+
+template <int bits>
+struct ManyRowsLinear {
+  static constexpr int64_t PANEL = TILE_VECTORS * LANES;  // rows of the weight
+  static constexpr int64_t DEPTH = 2048;                  // columns unpacked at a time
+
+  struct Activations {
+    int8_t *q;       // [rows, columns]; for INT4, of each 8 columns first the even ones, then the odd ones
+    float *scale;    // [rows, blocks]
+    int32_t *start;  // [rows, blocks], -offset * sum of q
+    int64_t columns, blocks;
+  };
+
+  static void quantize(const Problem &p, int64_t m, const Activations &x) {
+    int8_t *q = x.q + m * x.columns;
+    float *scale = x.scale + m * x.blocks;
+    memset(q, 0, x.columns);
+    memset(scale, 0, x.blocks * sizeof(float));
+    if (m < p.rows) quantize_row(p.x + m * p.in, p.in, q, scale);
+    for (int64_t b = 0; b < x.blocks; b++) {
+      int32_t sum = 0;
+      for (int64_t i = 0; i < BLOCK; i++) sum += q[b * BLOCK + i];
+      x.start[m * x.blocks + b] = -offset(bits) * sum;
+    }
+    if (bits == 4)
+      for (int64_t i = 0; i < x.columns; i += 8) {
+        int8_t even_odd[8];
+        for (int j = 0; j < 4; j++) {
+          even_odd[j] = q[i + 2 * j];
+          even_odd[4 + j] = q[i + 2 * j + 1];
+        }
+        memcpy(q + i, even_odd, 8);
+      }
+  }
+
+  // Columns [begin, begin + columns) of `count` rows, as [columns / 4][PANEL][4]; beyond the matrix anything will do for
+  // rows, as they are not written, and for columns, as activations are zero there.
+  static void unpack(const Problem &p, int64_t row, int64_t count, int64_t begin, int64_t columns, uint8_t *to) {
+    const int64_t bytes = p.row_bytes();
+    const int64_t available = (std::min(begin + columns, p.in) - begin) * bits / 8, wanted = columns * bits / 8;
+    for (int64_t r = 0; r < TILE_VECTORS; r++) {
+      const int8_t *from[LANES];
+      int32_t offsets[LANES];
+      for (int64_t lane = 0; lane < LANES; lane++) {
+        int64_t n = std::min(r * LANES + lane, count - 1);
+        from[lane] = p.weight + (row + n) * bytes + begin * bits / 8;
+        offsets[lane] = (int32_t)(from[lane] - from[0]);
+      }
+      const Ints lanes = load(offsets);
+      for (int64_t k = 0; k < wanted; k += 4) {
+        Ints packed;
+        if (k + 4 <= available) {
+          packed = gather(from[0] + k, lanes);
+        } else {
+          int8_t rest[VECTOR] = {};
+          for (int64_t lane = 0; lane < LANES && k < available; lane++)
+            memcpy(rest + 4 * lane, from[lane] + k, available - k);
+          packed = load(rest);
+        }
+        if (bits == 8) {
+          store(to + (k / 4 * TILE_VECTORS + r) * VECTOR, whole_byte(packed));
+        } else {
+          store(to + (k / 2 * TILE_VECTORS + r) * VECTOR, high_half(packed));
+          store(to + ((k / 2 + 1) * TILE_VECTORS + r) * VECTOR, low_half(packed));
+        }
+      }
+    }
+  }
+
+  // sum[TILE_ROWS, PANEL] += activations from row m on * a panel, over `blocks` blocks
+  template <bool grouped>
+  static void tile(const Activations &x, int64_t m, int64_t first_block, int64_t blocks, const uint8_t *panel,
+                   const float *scale, int64_t blocks_in_group, float *sum) {
+    for (int64_t b = 0; b < blocks; b++) {
+      const int64_t block = first_block + b;
+      Ints product[TILE_ROWS][TILE_VECTORS];
+#pragma GCC unroll 8
+      for (int i = 0; i < TILE_ROWS; i++) {
+        Ints start = repeat(x.start[(m + i) * x.blocks + block]);
+#pragma GCC unroll 8
+        for (int r = 0; r < TILE_VECTORS; r++) product[i][r] = start;
+      }
+      const int8_t *q = x.q + m * x.columns + block * BLOCK;
+      for (int64_t k = 0; k < BLOCK / 4; k++) {
+        Ints weight[TILE_VECTORS];
+#pragma GCC unroll 8
+        for (int r = 0; r < TILE_VECTORS; r++)
+          weight[r] = load(panel + ((b * BLOCK / 4 + k) * TILE_VECTORS + r) * VECTOR);
+#pragma GCC unroll 8
+        for (int i = 0; i < TILE_ROWS; i++) {
+          int32_t four;
+          memcpy(&four, q + i * x.columns + 4 * k, 4);
+          Ints activations = repeat(four);
+#pragma GCC unroll 8
+          for (int r = 0; r < TILE_VECTORS; r++) product[i][r] = dot<bits>(product[i][r], weight[r], activations);
+        }
+      }
+      const float *group_scale = scale + b / blocks_in_group * PANEL;
+#pragma GCC unroll 8
+      for (int i = 0; i < TILE_ROWS; i++) {
+        Floats s = repeat_float(x.scale[(m + i) * x.blocks + block]);
+#pragma GCC unroll 8
+        for (int r = 0; r < TILE_VECTORS; r++) {
+          float *to = sum + i * PANEL + r * LANES;
+          Floats both = grouped ? multiply(s, load_floats(group_scale + r * LANES)) : s;
+          store_floats(to, multiply_add(to_floats(product[i][r]), both, load_floats(to)));
+        }
+      }
+    }
+  }
+
+  template <bool grouped>
+  static void run(const Problem &p) {
+    const int64_t columns = round_up(p.in, PADDING), blocks = columns / BLOCK, rows = round_up(p.rows, TILE_ROWS);
+    Buffer<int8_t> q(rows * columns);
+    Buffer<float> x_scale(rows * blocks);
+    Buffer<int32_t> start(rows * blocks);
+    const Activations x = {q, x_scale, start, columns, blocks};
+    const int64_t groups_in_depth = grouped ? DEPTH / p.group_size() : 1;
+    const Scratch<uint8_t> panel_scratch(p.threads, PANEL * DEPTH);
+    const Scratch<float> sum_scratch(p.threads, rows * PANEL), scale_scratch(p.threads, PANEL * p.groups);
+    const Scratch<float> panel_scale_scratch(p.threads, PANEL * groups_in_depth);
+#pragma omp parallel num_threads(p.threads)
+    {
+#pragma omp for schedule(static)
+      for (int64_t m = 0; m < rows; m++) quantize(p, m, x);
+
+      uint8_t *panel = panel_scratch.mine();
+      float *sum = sum_scratch.mine(), *scale = scale_scratch.mine(), *panel_scale = panel_scale_scratch.mine();
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t n = 0; n < p.out; n += PANEL) {
+        const int64_t count = std::min(PANEL, p.out - n);
+        memset(sum, 0, rows * PANEL * sizeof(float));
+        for (int64_t r = 0; r < PANEL; r++) p.read_scales(n + std::min(r, count - 1), scale + r * p.groups);
+        for (int64_t begin = 0; begin < columns; begin += DEPTH) {
+          const int64_t depth = std::min(DEPTH, columns - begin);
+          unpack(p, n, count, begin, depth, panel);
+          for (int64_t g = 0; grouped && g < groups_in_depth; g++)
+            for (int64_t r = 0; r < PANEL; r++) {
+              int64_t group = std::min(begin / p.group_size() + g, p.groups - 1);
+              panel_scale[g * PANEL + r] = scale[r * p.groups + group];
+            }
+          for (int64_t m = 0; m < rows; m += TILE_ROWS)
+            tile<grouped>(x, m, begin / BLOCK, depth / BLOCK, panel, panel_scale, p.group_size() / BLOCK + !grouped,
+                          sum + m * PANEL);
+        }
+        for (int64_t m = 0; m < p.rows; m++)
+          for (int64_t r = 0; r < count; r++)
+            p.y[m * p.out + n + r] = sum[m * PANEL + r] * (grouped ? 1 : scale[r]);
+      }
+    }
+  }
+};
+
+template <int bits>
+void linear(const Problem &p) {
+  if (p.rows <= FEW_ROWS) {
+    p.groups > 1 ? FewRowsLinear<bits>::template run<true>(p) : FewRowsLinear<bits>::template run<false>(p);
+  } else {
+    p.groups > 1 ? ManyRowsLinear<bits>::template run<true>(p) : ManyRowsLinear<bits>::template run<false>(p);
+  }
+}
+
+#else  // Loops that compilers turn into what vector instructions there are.
+
+template <int bits>
+void linear(const Problem &p) {
+  const int64_t blocks = (p.in + BLOCK - 1) / BLOCK;
+  Buffer<int8_t> x(p.rows * p.in);
+  Buffer<float> x_scale(p.rows * blocks);
+  const Scratch<int8_t> weight_scratch(p.threads, p.in);
+  const Scratch<float> scale_scratch(p.threads, p.groups);
+#pragma omp parallel num_threads(p.threads)
+  {
+#pragma omp for schedule(static)
+    for (int64_t m = 0; m < p.rows; m++) quantize_row(p.x + m * p.in, p.in, x + m * p.in, x_scale + m * blocks);
+
+    int8_t *weight = weight_scratch.mine();
+    float *scale = scale_scratch.mine();
+#pragma omp for schedule(dynamic, 64)
+    for (int64_t n = 0; n < p.out; n++) {
+      unpack_row<bits>(p.weight + n * p.row_bytes(), p.in, weight);
+      p.read_scales(n, scale);
+      for (int64_t m = 0; m < p.rows; m++) {
+        float total = 0;
+        for (int64_t b = 0; b < blocks; b++) {
+          int32_t sum = 0;
+          const int64_t end = std::min((b + 1) * BLOCK, p.in);
+          for (int64_t k = b * BLOCK; k < end; k++) sum += (int32_t)x[m * p.in + k] * weight[k];
+          total += sum * x_scale[m * blocks + b] * scale[b * BLOCK / p.group_size()];
+        }
+        p.y[m * p.out + n] = total;
+      }
+    }
+  }
+}
+
+#endif
+
+}  // namespace
+
+// Both return 0, or 1 if there is not enough memory. Groups are multiples of 32 columns; `in` is even for INT4.
+extern "C" int chatglm_linear(const float *x, const int8_t *weight, const void *scale, int scale_type, float *y,
+                              int64_t rows, int64_t out, int64_t in, int64_t groups, int bits, int threads) {
+  const Problem p = {x, weight, scale, scale_type, y, rows, out, in, groups, bits, threads};
+  try {
+    bits == 4 ? linear<4>(p) : linear<8>(p);
+  } catch (const std::bad_alloc &) {
+    return 1;
+  }
+  return 0;
+}
+
+extern "C" int chatglm_dequantize(const int8_t *weight, const void *scale, int scale_type, void *y, int y_type,
+                                  int64_t out, int64_t in, int64_t groups, int bits, int threads) {
+  const Problem p = {nullptr, weight, scale, scale_type, nullptr, 0, out, in, groups, bits, threads};
+  try {
+    if (y_type == FLOAT32)
+      bits == 4 ? dequantize<4>(p, (float *)y) : dequantize<8>(p, (float *)y);
+    else
+      bits == 4 ? dequantize<4>(p, (uint16_t *)y) : dequantize<8>(p, (uint16_t *)y);
+  } catch (const std::bad_alloc &) {
+    return 1;
+  }
+  return 0;
+}
+"""
+
+SCALE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as in the C++
+COMPILE_SECONDS = 60  # it takes a few; beyond this the compiler hangs
+
+
+# Compiling
+
+
+class CompilerError(OSError):
+    """There is no compiler, or it fails: another folder would not help."""
+
+
+def find_compiler() -> list[str]:
+    """Returns the command of a C++ compiler: `$CXX`, or else g++ or clang++."""
+    for command in (os.environ.get("CXX"), "g++", "clang++"):
+        words = shlex.split(command or "")
+        if words and shutil.which(words[0]):
+            return words
+    raise CompilerError("There is no C++ compiler. Install g++ or clang++, or set CXX to another one.")
+
+
+def compiler_flags() -> list[str]:
+    flags = ["-O3", "-std=c++17", "-shared", "-fPIC"]
+    # With g++ and on macOS, OpenMP is the one that torch has loaded: two would compete for the cores.
+    if platform.system() == "Darwin":
+        library_path = Path(torch.__file__).parent / "lib"
+        flags += ["-Xclang", "-fopenmp", f"-L{library_path}", "-lomp", f"-Wl,-rpath,{library_path}"]
+    else:
+        flags += ["-fopenmp"]
+    return flags + ["-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"]
+
+
+def cpu_features() -> str:
+    """Returns the CPU's instruction sets: a library compiled on another machine may crash on this one."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.lower().startswith(("flags", "features"))), platform.processor())
+
+
+def run_compiler(command: list[str]):
+    """Raises `CompilerError` if the compiler fails, or takes longer than `COMPILE_SECONDS`."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        output, _ = process.communicate(timeout=COMPILE_SECONDS)
+    except BaseException as error:  # Ctrl-C too
+        os.killpg(process.pid, signal.SIGKILL)  # the compiler proper is a child of the command
+        process.communicate()
+        if isinstance(error, subprocess.TimeoutExpired):
+            raise CompilerError(f"{command[0]} did not end within {COMPILE_SECONDS} s") from None
+        raise
+    if process.returncode:
+        output = output.decode(errors="replace")[-2000:]
+        raise CompilerError(f"{command[0]} failed with {process.returncode}:\n{output}")
+
+
+def compile_library(path: Path):
+    """Compiles `CPP_SOURCE` to `path`. The library and its checksum are on the disk before they get their names."""
+    compiler = find_compiler()
+    with tempfile.TemporaryDirectory(dir=path.parent) as build:
+        source, library, checksum = (
+            Path(build, path.name).with_suffix(suffix) for suffix in (".cpp", ".so", ".sha256")
+        )
+        source.write_text(CPP_SOURCE)
+        run_compiler([*compiler, *compiler_flags(), str(source), "-o", str(library)])
+        library.chmod(0o755)  # whatever the umask is
+        checksum.write_bytes(size_and_checksum(library))
+        for file in (library, checksum):
+            with open(file, "rb") as opened:
+                os.fsync(opened.fileno())
+            os.replace(file, path.with_name(file.name))
+
+
+# Trusting. What is loaded runs as this user, and a library with a part missing kills the process.
+
+
+def size_and_checksum(file: Path) -> bytes:
+    content = file.read_bytes()
+    return f"{len(content)} {hashlib.sha256(content).hexdigest()}\n".encode()
+
+
+def is_private_group(gid: int) -> bool:
+    """Whether this user is the group's only member: distributions with a group per user let it write by default."""
+    try:
+        group, user = grp.getgrgid(gid), pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return False
+    return group.gr_name == user and set(group.gr_mem) <= {user}
+
+
+def check_ours(path: Path):
+    """Raises `PermissionError` if anybody but this user and root can have written to `path`, or can replace it."""
+    for place in (path, *path.parents):
+        info = place.stat()
+        if info.st_uid not in (os.geteuid(), 0):
+            raise PermissionError(f"{place} belongs to the user {info.st_uid}")
+        writable = info.st_mode & stat.S_IWOTH or (info.st_mode & stat.S_IWGRP and not is_private_group(info.st_gid))
+        # In a sticky folder, /tmp for instance, only its owner can replace a file.
+        if writable and (place == path or not info.st_mode & stat.S_ISVTX):
+            raise PermissionError(f"other users can write to {place}")
+
+
+def is_sound(path: Path) -> bool:
+    """Whether the library is there, is ours, and is what was compiled."""
+    try:
+        check_ours(path)
+        if path.with_suffix(".sha256").read_bytes() == size_and_checksum(path):
+            return True
+        error = "it is damaged"
+    except FileNotFoundError:
+        return False
+    except OSError as problem:
+        error = problem
+    logger.warning_once(f"{path} is compiled again: {error}.")
+    return False
+
+
+def load_shared(path: Path) -> ctypes.CDLL:
+    """Loads the library at `path`, compiled first if need be. Processes that start together wait for one of them."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    check_ours(path.parent)
+    if not is_sound(path):
+        with FileLock(f"{path}.lock", timeout=2 * COMPILE_SECONDS):
+            if not is_sound(path):
+                compile_library(path)
+    return ctypes.CDLL(str(path))
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "chatglm2").resolve()
+
+
+def library_name() -> str:
+    """Says what the library is made of, and for which CPU."""
+    key = "\n".join([CPP_SOURCE, *compiler_flags(), platform.machine(), cpu_features()])
+    return f"chatglm_linear-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+
+
+def load_library(folder: Path) -> ctypes.CDLL:
+    """Loads the library from `folder`; or, where that cannot be trusted or written to, compiles one for the process."""
+    name = library_name()
+    try:
+        return load_shared(folder.resolve() / name)
+    except CompilerError:
+        raise
+    except (OSError, NotImplementedError) as error:  # NotImplementedError: file systems without locks
+        logger.warning(
+            f"Compiled kernels cannot be kept in {folder} ({error}): each process compiles its own. Set XDG_CACHE_HOME to "
+            "a folder that only you can write to."
+        )
+    with tempfile.TemporaryDirectory() as private:
+        compile_library(Path(private, name))
+        return ctypes.CDLL(str(Path(private, name)))
+
+
+@functools.cache
+def cpu_library() -> ctypes.CDLL | None:
+    """Returns the compiled library; or None, with a warning once, if there can be none."""
+    try:
+        if os.name != "posix":
+            raise OSError(f"The kernels are made for Linux and macOS, not for {platform.system()}.")
+        library = load_library(cache_folder())
+        pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+        library.chatglm_linear.argtypes = [pointer] * 3 + [number, pointer] + [size] * 4 + [number] * 2
+        library.chatglm_dequantize.argtypes = [pointer] * 2 + [number, pointer, number] + [size] * 3 + [number] * 2
+        return library
+    # RuntimeError: no home; ValueError: CXX with an open quotation
+    except (OSError, RuntimeError, ValueError) as error:
+        logger.warning(
+            "There are no compiled kernels for the CPU: INT4 and INT8 weights are multiplied by plain torch, several times "
+            f"slower. {error}"
+        )
+        return None
+
+
+# Which path was fastest, by name of the kind of multiplication; for this CPU, code and torch
+
+
+def choices_path() -> Path:
+    return cache_folder() / f"{library_name().removesuffix('.so')}-torch-{torch.__version__}.json"
+
+
+def kept_choices() -> dict[str, str]:
+    """Returns what `keep_choices` wrote; nothing if the file is missing, damaged or not ours."""
+    try:
+        path = choices_path()
+        check_ours(path)
+        choices = json.loads(path.read_text())
+    except (OSError, RuntimeError, ValueError):  # RuntimeError: no home
+        return {}
+    return choices if isinstance(choices, dict) else {}
+
+
+def keep_choices(choices: dict[str, str]):
+    """Writes the choices for the next process, if there is a folder for them."""
+    try:
+        path = choices_path()
+        check_ours(path.parent)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            new = Path(folder, path.name)
+            new.write_text(json.dumps(choices, indent=1))
+            os.replace(new, path)
+    except (OSError, RuntimeError) as error:
+        logger.info(f"What was measured is not kept: {error}")
+
+
+# Calling. Shapes and dtypes must have been checked: C++ reads what it is told to.
+
+
+def cpu_linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
+    """`x @ weight.T` for x `[rows, in]` by the compiled library, with activations in INT8 and sums in float32."""
+    dtype, (rows, columns), out = x.dtype, x.shape, weight.shape[0]
+    x, weight, scale = x.float().contiguous(), weight.contiguous(), scale.contiguous()
+    output = torch.empty(rows, out)
+    failed = cpu_library().chatglm_linear(
+        x.data_ptr(), weight.data_ptr(), scale.data_ptr(), SCALE_TYPES[scale.dtype], output.data_ptr(),
+        rows, out, columns, scale.numel() // out, bits, torch.get_num_threads(),
+    )  # fmt: skip
+    if failed:
+        raise MemoryError(f"Not enough memory to multiply {rows} rows. Pass fewer at a time (prefill_chunk_size).")
+    return output.to(dtype)
+
+
+def cpu_dequantize(weight: torch.Tensor, scale: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor:
+    """The weight, `[out, in]`, in float32 or bfloat16, by the compiled library, which writes each number once."""
+    weight, scale = weight.contiguous(), scale.contiguous()
+    out, columns = weight.shape[0], weight.shape[1] * 8 // bits
+    output = torch.empty(out, columns, dtype=dtype)
+    failed = cpu_library().chatglm_dequantize(
+        weight.data_ptr(), scale.data_ptr(), SCALE_TYPES[scale.dtype], output.data_ptr(), SCALE_TYPES[dtype],
+        out, columns, scale.numel() // out, bits, torch.get_num_threads(),
+    )  # fmt: skip
+    if failed:
+        raise MemoryError(f"Not enough memory to dequantize a weight of {out} rows.")
+    return output
