@@ -4,7 +4,6 @@ Module and parameter names are those of the published checkpoint. Hidden states 
 `chat` is in generation_chatglm.py.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -36,12 +35,15 @@ from .checks_chatglm import (
     checked_on_newer_releases,
     warn_beyond_context,
 )
-from .compat_chatglm import CACHE_NAME, CONTINUOUS_BATCHING_TAKES_A_PREFIX, update_cache
+from .compat_chatglm import CACHE_NAME, update_cache
 from .configuration_chatglm import ChatGLMConfig
 from .generation_chatglm import ChatGLMGenerationMixin
-from .quantization import QUANT_METHOD, init_quantized, quantize
+from .loading_chatglm import ChatGLMLoadingMixin
+from .prefix_chatglm import PrefixEncoder, uncover_prefix
+from .quantization import init_quantized
 
 # Not used here. Until 5.16, of a local folder the library copies only the files that this one imports.
+from .quantization_cpu import cpu_linear  # noqa: F401
 from .quantization_kernels import quantized_linear  # noqa: F401
 from .streaming_chatglm import TokenStreamer  # noqa: F401
 
@@ -58,29 +60,6 @@ class Embedding(nn.Module):
 
     def forward(self, input_ids: torch.LongTensor) -> torch.Tensor:
         return self.word_embeddings(input_ids)
-
-
-class PrefixEncoder(nn.Module):
-    """
-    Trainable keys and values that precede the text in every layer (P-Tuning v2: Liu et al. 2021, arXiv 2110.07602).
-
-    Input: prefix indices, `[batch, pre_seq_len]`. Output: `[batch, pre_seq_len, num_layers * 2 * kv_heads * head_dim]`.
-    """
-
-    def __init__(self, config: ChatGLMConfig):
-        super().__init__()
-        self.prefix_projection = config.prefix_projection
-        kv_size = config.num_layers * 2 * config.num_key_value_heads * config.kv_channels
-        # As published, the embedding is as wide as the output even if an MLP follows.
-        self.embedding = nn.Embedding(config.pre_seq_len, kv_size)
-        if self.prefix_projection:
-            self.trans = nn.Sequential(
-                nn.Linear(kv_size, config.hidden_size), nn.Tanh(), nn.Linear(config.hidden_size, kv_size)
-            )
-
-    def forward(self, prefix: torch.LongTensor) -> torch.Tensor:
-        states = self.embedding(prefix)
-        return self.trans(states) if self.prefix_projection else states
 
 
 class RotaryEmbedding(nn.Module):
@@ -407,8 +386,8 @@ class GLMTransformer(nn.Module):
         return hidden_states.to(dtype)
 
 
-class ChatGLMPreTrainedModel(PreTrainedModel):
-    """What all ChatGLM2 models have in common: what they can do, and how they are loaded."""
+class ChatGLMPreTrainedModel(ChatGLMLoadingMixin, PreTrainedModel):
+    """What all ChatGLM2 models have in common."""
 
     config_class = ChatGLMConfig
     config: ChatGLMConfig
@@ -424,63 +403,6 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     _can_record_outputs = {"hidden_states": GLMBlock, "attentions": SelfAttention}
     _keys_to_ignore_on_load_unexpected = [r"rotary_pos_emb\.inv_freq$", r"output_layer\.weight$"]
 
-    @classmethod
-    def from_pretrained(cls, *args, device=None, empty_init=True, **kwargs):
-        """
-        The library's method, with two arguments of the published code: `device`, where to put the model, and
-        `empty_init`, which has no effect, as weights are never initialized before they are loaded.
-        """
-        if device is not None:
-            kwargs.setdefault("device_map", {"": device})
-        kwargs["key_mapping"] = {r"^classifier_head\.": "score.", **(kwargs.get("key_mapping") or {})}
-        loaded = super().from_pretrained(*args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with output_loading_info=True
-        model.base_model.freeze_all_but_prefix()  # the library makes what it loads trainable
-        return loaded
-
-    @property
-    def quantized(self) -> bool:
-        """Whether the weights are quantized in the published format."""
-        return getattr(self, "quantization_method", None) == QUANT_METHOD
-
-    def quantize(self, bits: int, empty_init: bool = False, device=None, calibration=None, **options):
-        """
-        Quantizes the layers in place, in the published format, and returns the model.
-
-        Args:
-            bits (`int`): 4 or 8; 0 changes nothing.
-            empty_init (`bool`): Accepted as in the published code, without effect.
-            device: Where to put the model afterwards.
-            calibration (`Iterable[torch.LongTensor]`, *optional*): Ids of sample text, each `[batch, seq]`; 16,000 tokens
-                are enough. The weights are rounded so that the model's outputs on them change least.
-            options: The others of `ChatGLMQuantizationConfig`: `group_size`, `quantize_embeddings`, `scale_search`,
-                `modules_to_not_convert`.
-
-        Raises:
-            ValueError: If an option is wrong or a weight is not finite. The model is then unchanged.
-        """
-        if self.quantized:
-            logger.warning("Already quantized.")
-        elif bits != 0:
-            quantize(self, bits, calibration, **options)
-        return self if device is None else self.to(device)
-
-    def resize_token_embeddings(self, *args, **kwargs):
-        """The library's method. INT8 embeddings cannot be resized."""
-        if hasattr(self.get_input_embeddings(), "weight_scale"):
-            raise ValueError(
-                "The embeddings are in INT8 and cannot be resized: dequantize() first, or resize and then quantize."
-            )
-        return super().resize_token_embeddings(*args, **kwargs)
-
-    # The library refuses to cast quantized models. Here scales and activations follow, and packed weights stay.
-
-    def half(self):
-        return nn.Module.half(self) if self.quantized else super().half()
-
-    def float(self):
-        return nn.Module.float(self) if self.quantized else super().float()
-
     def _init_weights(self, module: nn.Module):
         prefix_encoder = getattr(self.base_model, "prefix_encoder", None)
         if hasattr(module, "weight_scale"):  # a quantized layer, perhaps of another copy of the module
@@ -494,25 +416,6 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
                 init.uniform_(module.bias, -(module.in_features**-0.5), module.in_features**-0.5)
         else:
             super()._init_weights(module)
-
-    def save_pretrained(self, save_directory, *args, state_dict: dict | None = None, **kwargs):
-        """
-        The library's method. Writes the names of the published checkpoints: `classifier_head`, and `inv_freq`, which
-        nothing reads but programs that compare checkpoints (mergekit) expect.
-        """
-        cls = type(self)
-        if cls.__module__.startswith("torch."):  # made by FSDP2, whose code would be saved as the model's
-            original = next(base for base in cls.__mro__ if base.__module__ == __name__)
-            cls.__module__, cls.__name__ = original.__module__, original.__name__
-        if state_dict is None:
-            rotary = self.base_model.rotary_pos_emb
-            name = next(name for name, module in self.named_modules() if module is rotary)
-            inv_freq, _ = rotary.compute_default_rope_parameters(self.config, device="cpu")
-            state_dict = {**self.state_dict(), f"{name}.inv_freq": inv_freq.to(self.dtype)}
-        state_dict = {re.sub(r"^score\.", "classifier_head.", name): value for name, value in state_dict.items()}
-        if self.quantized:
-            self.hf_quantizer.state_dict_to_save = state_dict  # the library asks it, and forgets its own argument
-        return super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
 
 
 class ChatGLMModel(ChatGLMPreTrainedModel):
@@ -567,17 +470,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 
     def get_prompt(self, batch_size: int, device, dtype=torch.half) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Returns for each layer the (key, value) of the P-Tuning prefix, `[batch, kv_heads, pre_seq_len, head_dim]`."""
-        prefix = torch.arange(self.pre_seq_len, device=device).expand(batch_size, -1)
-        states = self.prefix_encoder(prefix).type(dtype)
-        states = states.view(
-            batch_size,
-            self.pre_seq_len,
-            2 * self.config.num_layers,
-            self.config.num_key_value_heads,
-            self.config.kv_channels,
-        )
-        states = self.prefix_dropout(states).permute(2, 0, 3, 1, 4)
-        return list(zip(states[0::2], states[1::2]))
+        return self.prefix_encoder.keys_and_values(batch_size, device, dtype, self.prefix_dropout)
 
     @checked_arguments
     @merge_with_config_defaults
@@ -635,7 +528,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         prefix = None
         if self.pre_seq_len is not None:
             prefix = self.get_prompt(inputs_embeds.shape[0], inputs_embeds.device, inputs_embeds.dtype)
-            attention_mask = self.uncover_prefix(attention_mask, cache, inputs_embeds, kwargs.get("is_causal"))
+            is_causal = kwargs.get("is_causal")
+            attention_mask = uncover_prefix(attention_mask, cache, inputs_embeds, is_causal, self.config)
         hidden_states = self.encoder(
             inputs_embeds,
             prefix,
@@ -647,39 +541,6 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             **kwargs,
         )
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE_NAME: cache})
-
-    def uncover_prefix(self, attention_mask, cache, inputs_embeds: torch.Tensor, is_causal: bool | None):
-        """
-        Returns the mask of the attention function with `pre_seq_len` more columns on the left, visible to every token.
-
-        Raises:
-            ValueError: If the attention implementation has a mask of another kind.
-        """
-        implementation = self.config._attn_implementation
-        is_flash = "flash" in implementation
-        is_paged = cache is not None and not isinstance(cache, Cache)
-        if is_paged and (is_flash or not CONTINUOUS_BATCHING_TAKES_A_PREFIX):
-            raise ValueError(
-                "Continuous batching with a P-Tuning prefix (pre_seq_len) needs Transformers 5.24 or newer, and "
-                "attn_implementation='sdpa' or 'eager'. Use generate instead."
-            )
-        q_len, device = inputs_embeds.shape[1], inputs_embeds.device
-        if attention_mask is None:
-            if q_len == 1 or is_flash or is_causal is False:  # flash attention aligns queries with the last keys
-                return None
-            seen, kv_len = 0, q_len
-            if cache is not None:
-                seen, kv_len = cache.get_seq_length(), cache.get_mask_sizes(q_len, 0)[0]
-            last_visible = torch.arange(q_len, device=device)[:, None] + seen
-            attention_mask = (torch.arange(kv_len, device=device) <= last_visible)[None, None]
-        if not isinstance(attention_mask, torch.Tensor):
-            raise ValueError(
-                f"attn_implementation={implementation!r} does not work with a P-Tuning prefix (pre_seq_len): use 'sdpa', "
-                "'eager' or flash attention."
-            )
-        # 1 or true, or 0 added to the scores
-        visible = 0 if attention_mask.dim() == 4 and attention_mask.is_floating_point() else 1
-        return nn.functional.pad(attention_mask, (self.pre_seq_len, 0), value=visible)
 
 
 def select_positions(hidden_states: torch.Tensor, keep: int | torch.Tensor) -> torch.Tensor:
