@@ -297,21 +297,3 @@ def test_cache_that_cannot_be_written(fresh, monkeypatch, logs, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert fresh.cpu_library() is not None
     assert "cannot be written to" in logs.text and "Set XDG_CACHE_HOME" in logs.text
-
-
-# Triton
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_triton(kernels, dtype):
-    """On a GPU, or else in Triton's interpreter, which cannot multiply bfloat16."""
-    if kernels.triton is None:
-        pytest.skip("Triton is not installed.")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(0)
-    for bits, (out, columns), group_size, rows in product((4, 8), [(70, 1024), (33, 688)], (None, 32, 128), (1, 3, 20)):
-        if group_size is None or columns % group_size == 0:
-            x, weight, scale, exact = random_case(kernels, bits, out, columns, group_size, rows, dtype)
-            y = kernels.triton_linear(x.to(device), weight.to(device), scale.to(device), bits).cpu()
-            bound = (1e-6 + torch.finfo(dtype).eps) * float_bound(x, exact)
-            assert y.dtype == dtype and ((y.double() - x.double() @ exact.T).abs() <= bound).all()
