@@ -44,6 +44,7 @@ from .quantization import init_quantized
 
 # Not used here. Until 5.16, of a local folder the library copies only the files that this one imports.
 from .quantization_cpu import cpu_linear  # noqa: F401
+from .quantization_gpu import gpu_linear  # noqa: F401
 from .quantization_kernels import quantized_linear  # noqa: F401
 from .streaming_chatglm import TokenStreamer  # noqa: F401
 

@@ -1,7 +1,7 @@
-"""The arithmetic of quantized weights: the number formats, plain torch, Triton for GPUs, and the choice among them.
+"""The arithmetic of quantized weights: the number formats, plain torch, and the choice among the ways to multiply.
 
 `quantized_linear` multiplies by the fastest way for the device. Plain torch works everywhere; the C++ for CPUs is in
-quantization_cpu.py.
+quantization_cpu.py, the Triton kernels for GPUs in quantization_gpu.py.
 """
 
 import functools
@@ -14,13 +14,8 @@ from torch import nn
 from transformers.utils import logging
 
 from .quantization_cpu import SCALE_TYPES, cpu_dequantize, cpu_library, cpu_linear, keep_choices, kept_choices
+from .quantization_gpu import HAS_TRITON, gpu_linear
 
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = None
 
 logger = logging.get_logger(__name__)
 
@@ -124,108 +119,6 @@ def dequantize_to(dtype: torch.dtype, weight: torch.Tensor, scale: torch.Tensor,
     if scale.dtype in SCALE_TYPES and cpu_library():
         return cpu_dequantize(weight, scale, bits, dtype)
     return dequantize_weight(weight, scale.float(), bits).to(dtype)
-
-
-# Triton for GPUs
-
-if triton is not None:
-
-    @triton.jit
-    def halves(packed):
-        """The even and the odd columns of packed INT4. Shifts are arithmetic."""
-        return packed >> 4, (packed << 4).to(tl.int8) >> 4
-
-    @triton.jit
-    def gemv_kernel(
-        x_ptr, weight_ptr, scale_ptr, y_ptr, out, columns,
-        BITS: tl.constexpr, GROUPS: tl.constexpr, GROUP_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    ):  # fmt: skip
-        """One row of x. Each program takes BLOCK_N rows of the weight, and BLOCK_K of its bytes at a time."""
-        n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-        row_bytes = columns * BITS // 8
-        rows = weight_ptr + n[:, None].to(tl.int64) * row_bytes
-        sums = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
-        for start in range(0, row_bytes, BLOCK_K):
-            k = start + tl.arange(0, BLOCK_K)
-            here = k < row_bytes
-            packed = tl.load(rows + k[None, :], mask=(n[:, None] < out) & here[None, :], other=0)
-            if BITS == 4:
-                even, odd = halves(packed)
-                x_even = tl.load(x_ptr + 2 * k, mask=here, other=0.0).to(tl.float32)
-                x_odd = tl.load(x_ptr + 2 * k + 1, mask=here, other=0.0).to(tl.float32)
-                product = even.to(tl.float32) * x_even[None, :] + odd.to(tl.float32) * x_odd[None, :]
-            else:
-                x = tl.load(x_ptr + k, mask=here, other=0.0).to(tl.float32)
-                product = packed.to(tl.float32) * x[None, :]
-            if GROUPS > 1:
-                group = k * (8 // BITS) // GROUP_SIZE
-                mask = (n[:, None] < out) & here[None, :]
-                product *= tl.load(scale_ptr + n[:, None] * GROUPS + group[None, :], mask=mask, other=0.0).to(
-                    tl.float32
-                )
-            sums += product
-        y = tl.sum(sums, axis=1)
-        if GROUPS == 1:
-            y *= tl.load(scale_ptr + n, mask=n < out, other=0.0).to(tl.float32)
-        tl.store(y_ptr + n, y.to(y_ptr.dtype.element_ty), mask=n < out)
-
-    @triton.jit
-    def gemm_kernel(
-        x_ptr, weight_ptr, scale_ptr, y_ptr, rows, out, columns,
-        BITS: tl.constexpr, GROUPS: tl.constexpr, GROUP_SIZE: tl.constexpr,
-        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    ):  # fmt: skip
-        """A tile of y. The weight is unpacked in the tile; BLOCK_K, in bytes of it, is at most a group."""
-        m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-        n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-        row_bytes = columns * BITS // 8
-        x_rows = x_ptr + m[:, None].to(tl.int64) * columns
-        weight_rows = weight_ptr + n[None, :].to(tl.int64) * row_bytes
-        sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        for start in range(0, row_bytes, BLOCK_K):
-            k = start + tl.arange(0, BLOCK_K)
-            here = k < row_bytes
-            x_mask = (m[:, None] < rows) & here[None, :]
-            packed = tl.load(weight_rows + k[:, None], mask=here[:, None] & (n[None, :] < out), other=0)
-            if BITS == 4:
-                even, odd = halves(packed)
-                x_even = tl.load(x_rows + 2 * k[None, :], mask=x_mask, other=0.0)
-                x_odd = tl.load(x_rows + 2 * k[None, :] + 1, mask=x_mask, other=0.0)
-                product = tl.dot(x_even, even.to(x_even.dtype), input_precision="ieee")
-                product = tl.dot(x_odd, odd.to(x_odd.dtype), product, input_precision="ieee")
-            else:
-                x = tl.load(x_rows + k[None, :], mask=x_mask, other=0.0)
-                product = tl.dot(x, packed.to(x.dtype), input_precision="ieee")
-            if GROUPS > 1:
-                group = start * (8 // BITS) // GROUP_SIZE
-                product *= tl.load(scale_ptr + n * GROUPS + group, mask=n < out, other=0.0).to(tl.float32)[None, :]
-            sums += product
-        if GROUPS == 1:
-            sums *= tl.load(scale_ptr + n, mask=n < out, other=0.0).to(tl.float32)[None, :]
-        y = y_ptr + m[:, None].to(tl.int64) * out + n[None, :]
-        tl.store(y, sums.to(y_ptr.dtype.element_ty), mask=(m[:, None] < rows) & (n[None, :] < out))
-
-
-def triton_linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
-    """`x @ weight.T` for x `[rows, in]`, with exact activations and sums in float32."""
-    x, weight, scale = x.contiguous(), weight.contiguous(), scale.contiguous()
-    (rows, columns), out = x.shape, weight.shape[0]
-    groups = scale.numel() // out
-    shape = dict(BITS=bits, GROUPS=groups, GROUP_SIZE=columns // groups)
-    y = torch.empty(rows, out, dtype=x.dtype, device=x.device)
-    if rows == 1:
-        grid = (triton.cdiv(out, 4),)
-        with torch.cuda.device_of(x):
-            gemv_kernel[grid](x, weight, scale, y, out, columns, **shape, BLOCK_N=4, BLOCK_K=512)
-        return y
-    block_m, block_n = (16, 32) if rows <= FEW_ROWS else (64, 128)
-    block_k = 64 if groups == 1 else min(64, columns // groups * bits // 8)
-    grid = (triton.cdiv(rows, block_m), triton.cdiv(out, block_n))
-    with torch.cuda.device_of(x):
-        gemm_kernel[grid](
-            x, weight, scale, y, rows, out, columns, **shape, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k
-        )
-    return y
 
 
 # The choice among the CPU's ways
@@ -333,8 +226,8 @@ def multiply(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: i
     if x.numel() == 0 or weight.numel() == 0:
         return x.new_zeros(*x.shape[:-1], weight.shape[0])
     rows, device = x.reshape(-1, x.shape[-1]), x.device.type
-    if device == "cuda" and triton is not None:
-        output = triton_linear(rows, weight, scale, bits)
+    if device == "cuda" and HAS_TRITON:
+        output = gpu_linear(rows, weight, scale, bits)
     elif device == "cpu" and not exact:
         output = CPU_PATHS[cpu_path(rows, weight, scale, bits)](rows, weight, scale, bits)
     else:

@@ -78,8 +78,10 @@ def chatglm():
         modeling=modeling,
         **{
             name: sys.modules[f"{modeling.__package__}.{name}_chatglm"]
-            for name in ("cache", "checks", "compat", "generation", "streaming")
+            for name in ("cache", "checks", "compat", "generation", "loading", "streaming")
         },
+        quantization=sys.modules[f"{modeling.__package__}.quantization"],
+        kernels=sys.modules[f"{modeling.__package__}.quantization_kernels"],
         tokenization=sys.modules[tokenizer_class.__module__],
     )
 

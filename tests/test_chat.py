@@ -517,7 +517,7 @@ def test_tokenizer_of_another_model(small_model, tokenizer):
 
 def test_chatglm3_checkpoint(chatglm, tokenizer, logs):
     config = chatglm.ChatGLMConfig(**{**SMALL, "padded_vocab_size": 8064}, _name_or_path="THUDM/chatglm3-6b")
-    chatglm.modeling.logger.warning_once.cache_clear()
+    chatglm.checks.logger.warning_once.cache_clear()
     chatglm.ChatGLMForConditionalGeneration(config).chat(tokenizer, "a", **GREEDY)
     assert "ChatGLM3 checkpoint" in logs.text
 

@@ -1,6 +1,5 @@
 """Multiplication by quantized weights, by every path, against float64."""
 
-import sys
 from itertools import product
 from types import SimpleNamespace
 
@@ -12,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 @pytest.fixture(scope="module")
 def kernels(chatglm):
-    return sys.modules[sys.modules[chatglm.modeling.quantize.__module__].quantized_linear.__module__]
+    return chatglm.kernels
 
 
 def test_dequantize(kernels):
@@ -364,21 +363,3 @@ def test_measuring(kernels, monkeypatch):
 
     monkeypatch.setitem(kernels.CPU_PATHS, "compiled", path)
     assert kernels.measure("compiled", 1, 2) == 2.0 and arguments == [(1, 2)] * 5
-
-
-# Triton
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_triton(kernels, dtype):
-    """On a GPU, or else in Triton's interpreter, which cannot multiply bfloat16."""
-    if kernels.triton is None:
-        pytest.skip("Triton is not installed.")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(0)
-    for bits, (out, columns), group_size, rows in product((4, 8), [(70, 1024), (33, 688)], (None, 32, 128), (1, 3, 20)):
-        if group_size is None or columns % group_size == 0:
-            x, weight, scale, exact = random_case(kernels, bits, out, columns, group_size, rows, dtype)
-            y = kernels.triton_linear(x.to(device), weight.to(device), scale.to(device), bits).cpu()
-            bound = (1e-6 + torch.finfo(dtype).eps) * float_bound(x, exact)
-            assert y.dtype == dtype and ((y.double() - x.double() @ exact.T).abs() <= bound).all()

@@ -65,10 +65,10 @@ def test_dialogues_are_those_of_a_chat(chatglm, tiny_tokenizer):
     messages = [{"role": r, "content": c} for pair in rounds for r, c in zip(("user", "assistant"), pair)]
     ids, labels, outcome = encode_dialogue(tiny_tokenizer, messages, arguments())
     assert len(ids) == len(labels) and outcome == "whole"
-    record = chatglm.modeling.ChatRecord()
+    record = chatglm.cache.ChatRecord()
     learned = []
     for query, answer in rounds:
-        record = chatglm.modeling.continue_record(tiny_tokenizer, record, query, record.rounds)
+        record = chatglm.generation.continue_record(tiny_tokenizer, record, query, record.rounds)
         assert ids[: len(record.ids)] == record.ids
         answer_ids = tiny_tokenizer.encode(answer, add_special_tokens=False)
         n = len(record.ids) + len(answer_ids)
