@@ -1,15 +1,21 @@
 """Checkpoint folders: checked before anything is loaded, and loaded; the message of an error names the file and field."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from transformers import AutoTokenizer
+from transformers.utils import logging
 
 from .files import read_json
 from .package import product
 
+
+logger = logging.get_logger(__name__)
 
 # Where the library looks for weights, in its order
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -28,8 +34,8 @@ def load(auto_class, name: str | Path, may_lack: tuple[str, ...] = (), **options
         may_lack: Parts of the names of weights that the files need not have.
 
     Raises:
-        ValueError: if a file is missing or damaged, a field of config.json is wrong, or a weight is missing, which would
-            be random.
+        ValueError: if a file is missing or damaged, a field of config.json is wrong, or a weight has another shape or is
+            missing, which would be random.
         OSError: if there is no such model.
     """
     folder = Path(name)
@@ -37,17 +43,59 @@ def load(auto_class, name: str | Path, may_lack: tuple[str, ...] = (), **options
         if read_json(folder / "config.json").get("model_type", "chatglm") == "chatglm":
             read_config(folder)
         weight_files(folder)
-    try:
-        model, found = auto_class.from_pretrained(name, trust_remote_code=True, output_loading_info=True, **options)
-    except UNREADABLE as error:
-        raise ValueError(f"{name} cannot be loaded: {type(error).__name__}: {' '.join(str(error).split())}") from error
+    options.update(trust_remote_code=True, output_loading_info=True, ignore_mismatched_sizes=True)
+    with without_loading_report():
+        try:
+            model, found = auto_class.from_pretrained(name, **options)
+        except UNREADABLE as error:
+            raise ValueError(
+                f"{name} cannot be loaded: {type(error).__name__}: {' '.join(str(error).split())}"
+            ) from error
+    for weight, shape, expected in found["mismatched_keys"]:
+        raise ValueError(
+            f"{weight} in {name} is {list(shape)}; by config.json it would be {list(expected)}. They belong to different "
+            "models."
+        )
     missing = sorted(key for key in found["missing_keys"] if not any(part in key for part in may_lack))
     if missing:
         hint = "Download the weights again."
         if getattr(model.config, "pre_seq_len", None) and not any("prefix_encoder" in key for key in missing):
             hint = "It holds a P-Tuning prefix alone, which needs its model: docs/training.md loads the two."
         raise ValueError(f"{name} lacks {name_some(missing)}, which would be random. {hint}")
+    if found["unexpected_keys"]:
+        logger.warning(f"{name} has {name_some(sorted(found['unexpected_keys']))}, which the model does not use.")
     return model
+
+
+@contextmanager
+def without_loading_report() -> Iterator[None]:
+    """Keeps the library from listing, over many lines, what `load` says in one."""
+    reporter = logging.get_logger("transformers.modeling_utils")
+    level = reporter.level
+    reporter.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        reporter.setLevel(level)
+
+
+def load_tokenizer(name: str | Path, **options):
+    """
+    Raises:
+        ValueError: if a file of the tokenizer is missing or damaged.
+        OSError: if there is no such tokenizer.
+    """
+    for file in ("tokenizer_config.json", "tokenizer.model"):
+        if Path(name).is_dir() and not (Path(name) / file).is_file():
+            raise ValueError(f"{Path(name) / file} is missing. Copy it there: it is published beside the weights.")
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=True, **options)
+    except (ValueError, *UNREADABLE) as error:
+        message = " ".join(str(error).split())
+        raise ValueError(
+            f"The tokenizer of {name} cannot be loaded from tokenizer_config.json, tokenizer.model and what is beside them: "
+            f"{message}"
+        ) from error
 
 
 def name_some(names: list[str]) -> str:

@@ -22,10 +22,10 @@ from pathlib import Path
 import torch
 from lm_eval import evaluate
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import WEIGHTS_NAME
 
-from common.checkpoint import load
+from common.checkpoint import load, load_tokenizer
 from common.errors import plain_errors
 from common.files import LOCK, only_run, write_json
 from common.prefix import load_prefix
@@ -152,7 +152,7 @@ def check_output(output: Path, settings: dict):
 
 
 def load_model(args: argparse.Namespace):
-    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=True)
+    tokenizer = load_tokenizer(args.model)
     dtype = args.dtype or ("float32" if args.device == "cpu" else "auto")
     options = {}
     if args.quantization:
