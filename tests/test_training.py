@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from test_parallel import free_port
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
@@ -381,19 +383,56 @@ def test_qlora_on_bitsandbytes(start, data, tmp_path):
     assert (tmp_path / "adapter_model.safetensors").is_file()
 
 
-def test_trl_learns_answers_only(start, data, tmp_path):
-    """TRL's own trainer, by the chat template: what it predicts are the ids that the recipes predict."""
-    from datasets import Dataset
+def peft_table() -> list[tuple[str, list[str], str]]:
+    """(class, target_modules, other arguments) of the methods that docs/training.md names."""
+    page = (ROOT / "docs/training.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+Config)` \| (.*?) \| (.*?) ?\|$", page, re.M)
+    return [(name, re.findall(r"`(\w+)`", modules), other.strip("` ")) for name, modules, other in rows]
+
+
+@pytest.mark.parametrize("name, modules, other", peft_table())
+def test_adapters_of_the_page(name, modules, other, start):
+    """PEFT has no modules of its own for them; with those of the page every adapter gets a gradient."""
+    import peft
+
+    options = {"task_type": "CAUSAL_LM"} | ({"total_step": 10} if name == "AdaLoraConfig" else {})
+    options |= {"vector_length": 8} if name == "VBLoRAConfig" else {}
+    base = AutoModelForCausalLM.from_pretrained(start, trust_remote_code=True)
+    with pytest.raises(ValueError, match="Please specify `target_modules`"):
+        peft.get_peft_model(base, getattr(peft, name)(**options))
+    base = AutoModelForCausalLM.from_pretrained(start, trust_remote_code=True)
+    config = getattr(peft, name)(**options, target_modules=modules, **eval(f"dict({other})"))
+    model = peft.get_peft_model(base, config)
+    ids = torch.arange(300, 320)[None]
+    model(input_ids=ids, labels=ids).loss.backward()
+    adapted = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert len(adapted) > SMALL["num_layers"] * len(modules) / 2
+    assert all(p.grad is not None for p in adapted.values())
+
+
+@pytest.mark.parametrize("form", ["messages", "prompt and completion", "strings"])
+def test_forms_of_trl(form, start, tmp_path):
+    """Conversations give the ids of the recipes; strings do not end in </s>, which docs/training.md says."""
     from trl import SFTConfig, SFTTrainer
 
     messages = [{"role": "user", "content": "Say red"}, {"role": "assistant", "content": "red blue"}]
     tokenizer = AutoTokenizer.from_pretrained(start, trust_remote_code=True)
+    row = {"messages": messages}
+    if form == "prompt and completion":
+        row = {"prompt": messages[:1], "completion": messages[1:]}
+    elif form == "strings":
+        row = {"prompt": tokenizer.build_prompt("Say red"), "completion": "red blue"}
+    answers = {"assistant_only_loss": True} if form == "messages" else {}
+    args = SFTConfig(tmp_path, max_steps=1, use_cpu=True, bf16=False, report_to="none", **answers)
     model = AutoModelForCausalLM.from_pretrained(start, trust_remote_code=True)
-    args = SFTConfig(tmp_path, assistant_only_loss=True, max_steps=2, use_cpu=True, bf16=False, report_to="none")
-    rows = Dataset.from_list([{"messages": messages}] * 8)
-    trainer = SFTTrainer(model, args, train_dataset=rows, processing_class=tokenizer)
+    trainer = SFTTrainer(model, args, train_dataset=Dataset.from_list([row] * 8), processing_class=tokenizer)
     batch = next(iter(trainer.get_train_dataloader()))
     expected = encode_dialogue(tokenizer, messages, DataArguments())
+    if form == "strings":
+        assert tokenizer.eos_token_id not in batch["input_ids"][0] and "TRL appends the text `</s>`" in (
+            ROOT / "docs/training.md"
+        ).read_text(encoding="utf-8")
+        return
     assert batch["input_ids"][0].tolist() == expected.input_ids
     assert batch["labels"][0].tolist() == expected.labels
     trainer.train()
