@@ -1,7 +1,13 @@
 # `make chat` and `make test` set up all they need, in .venv.
 
+# What is typed is text: it is taken as it is before anything can expand it, and reaches the shell through the environment.
+override PROMPT := $(value PROMPT)
+export PROMPT
+
 PYTHON ?= python3
 MODEL ?= checkpoints/tiny
+override MODEL := $(value MODEL)
+export MODEL
 # A small model needs to be kept to what it is sure of; others answer with the published defaults.
 CHAT_OPTIONS ?= $(if $(filter checkpoints/tiny,$(MODEL)),--temperature 0.3)
 # The release that everything is developed on, and those that the essentials are tested on
@@ -11,10 +17,8 @@ ESSENTIALS = $(patsubst %,tests/test_%.py,configuration golden tokenization chat
 
 .PHONY: chat web serve test test-matrix test-others test-conversion test-vllm hub-repo lint tiny bench clean
 
-# The shell gets the prompt as it is, whatever characters are in it.
-export PROMPT
 chat: .venv/installed-chat
-	@.venv/bin/python -m examples.cli_chat --model "$(MODEL)" $(CHAT_OPTIONS) $(ARGS) $(if $(value PROMPT),--prompt "$$PROMPT")
+	@.venv/bin/python -m examples.cli_chat --model="$$MODEL" $(CHAT_OPTIONS) $(ARGS) $(if $(value PROMPT),--prompt="$$PROMPT")
 
 # A page for the browser at http://127.0.0.1:7860, and OpenAI's API at http://127.0.0.1:8000/v1. ARGS="--help": their options
 web: .venv/installed-web

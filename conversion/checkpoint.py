@@ -1,48 +1,25 @@
-"""Checkpoint folders: read tensor by tensor, checked before any work, and written complete or not at all."""
+"""Checkpoint folders, read tensor by tensor and written the same way."""
 
 import json
-import os
 import pickle
 import shutil
 import sys
-import tempfile
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+from common.checkpoint import name_some, read_config, weight_files
+from common.files import read_json
+from common.package import DEFAULTS, ROOT, copy_code, product
 
 
-ROOT = Path(__file__).resolve().parent.parent
-TINY = ROOT / "checkpoints/tiny"
-CODE = ("*_chatglm.py", "quantization*.py")
-# Of this repository, for checkpoints without, as the published one
-DEFAULTS = ("tokenizer_config.json", "generation_config.json", "chat_template.jinja")
 SETTINGS = (*DEFAULTS, "tokenizer.json", "added_tokens.json", "MODEL_LICENSE")
-# Where the library looks for weights, in its order
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 SHARD_BYTES = 2_000_000_000
-
-
-def product(name: str):
-    """Returns a class of this package, `module.Class`, whatever code lies in a checkpoint's folder."""
-    return get_class_from_dynamic_module(name, str(ROOT))
-
-
-@contextmanager
-def plain_errors():
-    """For a command: ends it with the message of an expected error, without a traceback."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"{Path(sys.argv[0]).stem}: {error}") from error
-    except ImportError as error:
-        raise SystemExit(f"{Path(sys.argv[0]).stem}: {error}. pip install -e '.[conversion]'") from error
 
 
 # Reading
@@ -62,16 +39,8 @@ class Checkpoint:
     """
 
     def __init__(self, folder: Path):
-        self.folder = check_folder(folder)
-        self.config_dict = read_json(folder / "config.json")
-        model_type = self.config_dict.get("model_type", "chatglm")  # the published one does not say
-        if model_type != "chatglm":
-            hint = " Convert it with `python -m conversion.from_glm`." if model_type == "glm" else ""
-            raise ValueError(f"{folder} holds a model of type {model_type!r}, not a ChatGLM2.{hint}")
-        try:
-            self.config = product("configuration_chatglm.ChatGLMConfig").from_pretrained(folder)
-        except (StrictDataclassError, AttributeError, TypeError) as error:
-            raise ValueError(f"{folder / 'config.json'}: {error}") from error
+        self.folder = folder
+        self.config_dict, self.config = read_config(folder)
         model = meta_model(self.config)
         self.quantized = quantized_layers(model)
         self.files = weight_files(folder)
@@ -117,26 +86,6 @@ class Checkpoint:
             raise ValueError(f"Only language models become {target}, not {self.config.architectures[0]}.")
 
 
-def check_folder(folder: Path) -> Path:
-    if not folder.is_dir():
-        raise ValueError(
-            f"There is no folder {folder}. A model of the Hub is downloaded by `hf download NAME --local-dir {folder}`."
-        )
-    return folder
-
-
-def read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing: that is no checkpoint folder, or an incomplete one.") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}). Download it again.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}. Download it again.")
-    return content
-
-
 def is_language_model(config) -> bool:
     return not any("Classification" in name for name in config.architectures or ())
 
@@ -157,8 +106,6 @@ def quantized_layers(model) -> dict[str, torch.nn.Module]:
     options = getattr(model.config, "quantization_config", None)
     if not options:
         return {}
-    if not isinstance(options, dict):
-        raise ValueError(f"quantization_config in config.json must be an object, got {options!r}.")
     if options.get("quant_method") != "chatglm":
         raise ValueError(
             f"The weights are quantized by {options.get('quant_method')!r}: convert the checkpoint that they were made from."
@@ -176,40 +123,23 @@ def quantization_module(model):
     return sys.modules[modeling.quantize.__module__]
 
 
-def weight_files(folder: Path) -> list[Path]:
-    for name in WEIGHTS:
-        if not (folder / name).exists():
-            continue
-        if not name.endswith(".index.json"):
-            return [folder / name]
-        index = read_json(folder / name)
-        files = sorted({folder / file for file in index.get("weight_map", {}).values()})
-        missing = [path.name for path in files if not path.exists()]
-        if missing or not files:
-            raise ValueError(f"{folder} lacks {', '.join(missing) or 'all'} of the files in {name}. Download them.")
-        return files
-    raise ValueError(
-        f"There are no weights in {folder}: none of {', '.join(WEIGHTS)}. Download them, or give their folder."
-    )
-
-
 def read_file(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields each (name, tensor) of a file, mapped into memory."""
-    with path.open("rb") as file:
-        if file.read(19) == b"version https://git":
-            raise ValueError(f"{path} is a Git LFS pointer, not the weights: run `git lfs pull`.")
+    """Yields each (name, tensor) of a file, mapped into memory; a `.bin` in torch's old format cannot be mapped."""
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
                 for name in file.keys():
                     yield name, file.get_tensor(name)
-        else:
-            yield from torch.load(path, map_location="cpu", mmap=True, weights_only=True).items()
+            return
+        tensors = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
     except (SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError, AttributeError) as error:
         message = str(error).split("\n")[0]
         raise ValueError(
             f"{path} ({path.stat().st_size:,} bytes) cannot be read: {message}. Download it again."
         ) from error
+    if not (isinstance(tensors, Mapping) and all(isinstance(tensor, torch.Tensor) for tensor in tensors.values())):
+        raise ValueError(f"{path} must hold tensors by name, and holds something else: it is not a model's weights.")
+    yield from tensors.items()
 
 
 def check_names(files: list[Path], model) -> dict[str, torch.Tensor]:
@@ -228,10 +158,8 @@ def check_names(files: list[Path], model) -> dict[str, torch.Tensor]:
         ("have what config.json does not know:", found.keys() - expected.keys()),
     ):
         if names:
-            some = ", ".join(sorted(names)[:3])
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise ValueError(
-                f"The weights in {files[0].parent} {what} {some}{more}. Are config.json and weights of one model? Weights under "
+                f"The weights in {files[0].parent} {what} {name_some(sorted(names))}. Are config.json and weights of one model? Weights under "
                 "other names are renamed by loading the model and save_pretrained."
             )
     for name, tensor in found.items():
@@ -258,47 +186,6 @@ def with_progress(
 # Writing
 
 
-@contextmanager
-def new_folder(output: Path) -> Iterator[Path]:
-    """
-    Gives a folder to write to, which becomes `output` in the end; on any error nothing is left of it.
-
-    Raises:
-        ValueError: if `output` is there already, and not empty.
-    """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"{output} exists already. Give another --output, or remove it.")
-    with unfinished_folder(output) as unfinished:
-        yield unfinished
-        if output.exists():
-            output.rmdir()
-        unfinished.rename(output)
-
-
-@contextmanager
-def new_file(output: Path) -> Iterator[Path]:
-    """As `new_folder`, for a file."""
-    if output.exists():
-        raise ValueError(f"{output} exists already. Give another --output, or remove it.")
-    with unfinished_folder(output) as unfinished:
-        yield unfinished / output.name
-        (unfinished / output.name).rename(output)
-
-
-@contextmanager
-def unfinished_folder(output: Path) -> Iterator[Path]:
-    """Gives a folder beside `output`, on the same disk."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    umask = os.umask(0)
-    os.umask(umask)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
-    unfinished.chmod(0o777 & ~umask)  # mkdtemp keeps it to the user alone
-    try:
-        yield unfinished
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
 def write_package(folder: Path, source: Path, config: dict, settings: tuple[str, ...] = SETTINGS):
     """
     Writes all of a checkpoint but its weights: this package's code, `config` with the classes that it has, and the
@@ -310,11 +197,7 @@ def write_package(folder: Path, source: Path, config: dict, settings: tuple[str,
     published = read_json(ROOT / "config.json")
     shared = {name: published[name] for name in ("model_type", "auto_map")}
     (folder / "config.json").write_text(json.dumps({**config, **shared}, indent=2, ensure_ascii=False) + "\n")
-    for pattern in CODE:
-        for path in ROOT.glob(pattern):
-            shutil.copy(path, folder)
-    for name in DEFAULTS:
-        shutil.copy(ROOT / name, folder)
+    copy_code(folder)
     if not (source / "tokenizer.model").exists():
         raise ValueError(f"{source} has no tokenizer.model. Copy it there: it is published beside the weights.")
     for name in ("tokenizer.model", *settings):

@@ -13,21 +13,13 @@ from pathlib import Path
 import torch
 from transformers import GlmConfig, GlmForCausalLM
 
-from .checkpoint import (
-    ROOT,
-    check_folder,
-    check_names,
-    meta_model,
-    new_folder,
-    plain_errors,
-    product,
-    read_json,
-    weight_files,
-    with_progress,
-    write_package,
-    write_weights,
-)  # fmt: skip
-from .to_glm import glm_names
+from common.checkpoint import check_folder, weight_files
+from common.errors import plain_errors
+from common.files import new_folder, read_json
+from common.glm import fuse_query_key_value, glm_names
+from common.package import ROOT, product
+
+from .checkpoint import check_names, meta_model, with_progress, write_package, write_weights
 
 
 def chatglm_config(folder: Path) -> tuple[GlmConfig, dict]:
@@ -74,14 +66,6 @@ def chatglm_config(folder: Path) -> tuple[GlmConfig, dict]:
     return config, fields
 
 
-def fuse_query_key_value(parts: list[torch.Tensor], config) -> torch.Tensor:
-    """The inverse of `to_glm.split_query_key_value`."""
-    if config.multi_query_attention:
-        return torch.cat(parts)
-    heads = [part.unflatten(0, (config.num_attention_heads, config.kv_channels)) for part in parts]
-    return torch.stack(heads, dim=1).flatten(0, 2)
-
-
 def chatglm_tensors(files: list[Path], names: dict[str, torch.Tensor], model) -> Iterator[tuple[str, torch.Tensor]]:
     sources = {name: glm_names(name) for name in model.state_dict()}
     target = {source: name for name, parts in sources.items() for source in parts}
@@ -112,7 +96,7 @@ def main(argv=None):
     parser.add_argument("--model", type=Path, required=True, help="a folder with a GlmForCausalLM")
     parser.add_argument("--output", type=Path, required=True, help="the folder to write")
     args = parser.parse_args(argv)
-    with plain_errors():
+    with plain_errors("conversion"):
         convert(args.model, args.output)
 
 

@@ -27,16 +27,12 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
 from packaging.requirements import Requirement
 
-from .checkpoint import (
-    ROOT,
-    Checkpoint,
-    check_folder,
-    new_folder,
-    plain_errors,
-    read_json,
-    weight_files,
-    write_package,
-)
+from common.checkpoint import check_folder, weight_files
+from common.errors import plain_errors
+from common.files import new_folder, read_json
+from common.package import ROOT
+
+from .checkpoint import Checkpoint, write_package
 
 
 CARD = Path(__file__).with_name("model_card.md")
@@ -232,7 +228,7 @@ def main(argv=None):
     parser.add_argument("--output", type=Path, required=True, help="the folder of the repository")
     parser.add_argument("--push", metavar="REPOSITORY", help="NAME/MODEL on the Hub")
     args = parser.parse_args(argv)
-    with plain_errors():
+    with plain_errors("conversion"):
         if args.weights is not None:
             assemble(args.weights, args.output, args.push)
         read_json(check_folder(args.output) / "config.json")

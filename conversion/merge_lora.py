@@ -14,7 +14,11 @@ from pathlib import Path
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 
-from .checkpoint import Checkpoint, check_folder, meta_model, new_folder, plain_errors, write_package, write_weights
+from common.checkpoint import check_folder
+from common.errors import plain_errors
+from common.files import new_folder
+
+from .checkpoint import Checkpoint, meta_model, write_package, write_weights
 
 
 ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -58,7 +62,7 @@ def main(argv=None):
     parser.add_argument("--model", type=Path, help="the checkpoint folder that they belong to")
     parser.add_argument("--output", type=Path, required=True, help="the folder to write")
     args = parser.parse_args(argv)
-    with plain_errors():
+    with plain_errors("conversion"):
         convert(args.adapter, args.output, args.model)
 
 

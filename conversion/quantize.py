@@ -13,17 +13,11 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint import (
-    TINY,
-    Checkpoint,
-    meta_model,
-    new_folder,
-    plain_errors,
-    product,
-    quantization_module,
-    write_package,
-    write_weights,
-)
+from common.errors import plain_errors
+from common.files import new_folder
+from common.package import TINY, product
+
+from .checkpoint import Checkpoint, meta_model, quantization_module, write_package, write_weights
 
 
 # Of the calibration text so much is used: what docs/quantize.md asks for
@@ -104,7 +98,7 @@ def main(argv=None):
     parser.add_argument("--quantize-embeddings", action="store_true", help="embedding and output layer in INT8")
     parser.add_argument("--modules-to-not-convert", nargs="+", metavar="NAME", help="layers to leave as they are")
     args = parser.parse_args(argv)
-    with plain_errors():
+    with plain_errors("conversion"):
         convert(**vars(args))
 
 

@@ -19,8 +19,13 @@ import gguf
 import numpy as np
 import torch
 
-from .checkpoint import TINY, Checkpoint, new_file, plain_errors, product
-from .to_glm import RENAMED_TOKENS, rename_prompt_tokens, split_query_key_value
+from common.errors import plain_errors
+from common.files import new_file
+from common.glm import rope_parameters, split_query_key_value
+from common.package import TINY, product
+
+from .checkpoint import Checkpoint
+from .to_glm import RENAMED_TOKENS, rename_prompt_tokens
 
 
 TYPES = {
@@ -37,7 +42,7 @@ def write_architecture(writer: gguf.GGUFWriter, config):
             f"llama.cpp computes heads of hidden_size / num_attention_heads ({config.hidden_size} / "
             f"{config.num_attention_heads}), not of kv_channels={config.kv_channels}."
         )
-    rope = config.rope_parameters
+    rope = rope_parameters(config)
     if rope["rope_type"] not in ("default", "linear"):
         raise ValueError(
             f"rope_type {rope['rope_type']!r} cannot be converted, only 'default' and 'linear' (rope_ratio). llama.cpp scales "
@@ -135,7 +140,7 @@ def convert(model: Path, output: Path, kind: str = "f16"):
             if not torch.isfinite(tensor.half()).all():
                 raise ValueError(f"{name} has values that are not finite in float16, and cannot be converted.")
             if ".query_key_value." in name:
-                tensor = torch.cat(list(split_query_key_value(tensor, config)))
+                tensor = torch.cat(split_query_key_value(tensor, config))
             tensor = tensor.half() if kinds[name] == gguf.GGMLQuantizationType.F16 else tensor.float()
             writer.write_tensor_data(gguf.quants.quantize(tensor.numpy(), kinds[name]))
         writer.close()
@@ -149,7 +154,7 @@ def main(argv=None):
     parser.add_argument("--output", type=Path, required=True, help="the file to write")
     parser.add_argument("--type", choices=TYPES, default="f16", help="default: %(default)s")
     args = parser.parse_args(argv)
-    with plain_errors():
+    with plain_errors("conversion"):
         convert(args.model, args.output, args.type)
 
 

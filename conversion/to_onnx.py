@@ -16,7 +16,11 @@ from pathlib import Path
 import torch
 from transformers.cache_utils import DynamicCache
 
-from .checkpoint import SETTINGS, TINY, Checkpoint, is_language_model, meta_model, new_folder, plain_errors
+from common.errors import plain_errors
+from common.files import new_folder
+from common.package import TINY
+
+from .checkpoint import SETTINGS, Checkpoint, is_language_model, meta_model
 
 
 class Step(torch.nn.Module):
@@ -79,7 +83,7 @@ def main(argv=None):
     parser.add_argument("--model", type=Path, default=TINY, help="a checkpoint folder (default: checkpoints/tiny)")
     parser.add_argument("--output", type=Path, required=True, help="the folder to write")
     args = parser.parse_args(argv)
-    with plain_errors():
+    with plain_errors("conversion"):
         convert(args.model, args.output)
 
 

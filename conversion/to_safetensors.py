@@ -10,7 +10,11 @@ package's code. Quantized checkpoints are taken too.
 import argparse
 from pathlib import Path
 
-from .checkpoint import SHARD_BYTES, TINY, Checkpoint, new_folder, plain_errors, write_package, write_weights
+from common.errors import plain_errors
+from common.files import new_folder
+from common.package import TINY
+
+from .checkpoint import SHARD_BYTES, Checkpoint, write_package, write_weights
 
 
 def convert(model: Path, output: Path, shard_bytes: int = SHARD_BYTES):
@@ -25,7 +29,7 @@ def main(argv=None):
     parser.add_argument("--model", type=Path, default=TINY, help="a checkpoint folder (default: checkpoints/tiny)")
     parser.add_argument("--output", type=Path, required=True, help="the folder to write")
     args = parser.parse_args(argv)
-    with plain_errors():
+    with plain_errors("conversion"):
         convert(args.model, args.output)
 
 

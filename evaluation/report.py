@@ -10,6 +10,9 @@ from collections import Counter
 from math import sqrt
 from pathlib import Path
 
+from common.errors import plain_errors
+from common.files import read_json, write_json
+
 from .data import SUBJECTS
 from .protocol import CHOICES, SUITES
 
@@ -24,6 +27,7 @@ TITLES = {
 }
 TEXTS = {"wikitext2": "WikiText-2 (English)", "ceval": "C-Eval's questions (Chinese)"}
 CHANCE = {"mmlu": 25, "ceval": 25}  # percent
+SETTINGS = ("name", "protocol", "quantization", "limit", "data", "device", "lm_eval")  # that the report states
 
 
 def wilson(correct: int, samples: int, z: float = 1.96) -> tuple[float, float]:
@@ -39,13 +43,39 @@ def read(folder: Path) -> tuple[dict, list[dict]]:
     Returns the settings of an evaluation and its tasks' results.
 
     Raises:
-        ValueError: if the folder has none.
+        ValueError: if the folder has none, or a file is damaged.
     """
-    if not (folder / "settings.json").is_file():
+    path = folder / "settings.json"
+    if not path.is_file():
         raise ValueError(f"{folder} holds no evaluation: give the --output of evaluation.run.")
-    settings = json.loads((folder / "settings.json").read_text(encoding="utf-8"))
-    paths = sorted((folder / "tasks").glob("*.json"))
-    return settings, [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    settings = read_json(path, f"Choose another folder than {folder}.")
+    missing = [name for name in SETTINGS if name not in settings]
+    if missing:
+        raise ValueError(f"{path} has no {', '.join(missing)}: it is damaged, or not written by evaluation.run.")
+    return settings, list(finished_tasks(folder).values())
+
+
+def finished_tasks(folder: Path) -> dict[str, dict]:
+    """
+    Returns the results in a folder, by the names of their tasks.
+
+    Raises:
+        ValueError: if a file is damaged; the message names it.
+    """
+    results = {}
+    for path in sorted((folder / "tasks").glob("*.json")):
+        results[path.stem] = result = read_json(path, "Remove it: its task is then run again.")
+        missing = [name for name in needed(result.get("suite")) if name not in result]
+        if missing:
+            raise ValueError(f"{path} has no {', '.join(missing)}. Remove it: its task is then run again.")
+    return results
+
+
+def needed(suite: str | None) -> tuple[str, ...]:
+    """What the report reads of a result."""
+    if suite == "perplexity":
+        return ("suite", "subject", "tokens", "perplexity", "bits_per_byte")
+    return ("suite", "subject", "samples", "correct", "shots", "cut", "answers")
 
 
 def columns_of(suite: str, results: list[dict]) -> dict[str, tuple[int, int]]:
@@ -247,7 +277,7 @@ def write_report(folders: list[Path], output: Path) -> Path:
         plot(suites, output / "report.png")
         lines += ["![Averages beside the published ones](report.png)", ""]
     lines += [f"Published figures: {PUBLISHED['source']}"]
-    (output / "results.json").write_text(json.dumps(summary, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    write_json(output / "results.json", summary)
     path = output / "report.md"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
@@ -258,10 +288,8 @@ def main():
     parser.add_argument("folders", nargs="+", type=Path, help="outputs of evaluation.run")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
-    try:
+    with plain_errors("evaluation"):
         print(write_report(args.folders, args.output))
-    except ValueError as error:
-        raise SystemExit(str(error)) from error
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ docs/evaluate.md.
 import argparse
 import contextlib
 import io
-import json
 import logging
 import os
 import sys
@@ -23,15 +22,19 @@ from pathlib import Path
 import torch
 from lm_eval import evaluate
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import WEIGHTS_NAME
 
-from training.prefix import load_prefix
+from common.checkpoint import load, load_tokenizer
+from common.errors import plain_errors
+from common.files import LOCK, only_run, write_json
+from common.prefix import load_prefix
+from common.settings import check_settings, weights_fingerprint
 
 from . import answers
 from .model import EvaluatedModel
 from .protocol import PROTOCOLS, SUITES, build
-from .report import write_report
+from .report import finished_tasks, write_report
 
 
 PUBLISHED = ["mmlu", "ceval", "gsm8k", "gsm8k_zh", "bbh"]
@@ -111,12 +114,6 @@ def build_tasks(args: argparse.Namespace) -> list:
     return tasks
 
 
-def fingerprint(model: str) -> list:
-    """Tells one state of a model's weights from another: names, sizes and times of the files in its folder."""
-    files = sorted(path for pattern in ("*.safetensors", "*.bin") for path in Path(model).glob(pattern))
-    return [[path.name, path.stat().st_size, int(path.stat().st_mtime)] for path in files]
-
-
 def settings_of(args: argparse.Namespace) -> dict:
     """What the results depend on, in JSON's types. More suites may be added to a folder."""
     names = (
@@ -134,40 +131,28 @@ def settings_of(args: argparse.Namespace) -> dict:
     settings = {name: getattr(args, name) for name in names}
     return {
         **settings,
-        "weights": fingerprint(args.model) + (fingerprint(args.ptuning_checkpoint) if args.ptuning_checkpoint else []),
+        "weights": [
+            file for folder in (args.model, args.ptuning_checkpoint) if folder for file in weights_fingerprint(folder)
+        ],
         "lm_eval": version("lm_eval"),
         "transformers": version("transformers"),
     }
 
 
-def check_settings(path: Path, settings: dict):
+def check_output(output: Path, settings: dict):
     """
     Raises:
-        ValueError: if the folder holds results of other settings.
+        ValueError: if the folder holds results of other settings, or something that is not an evaluation.
     """
-    if not path.exists():
-        if path.parent.exists() and any(other.suffix != ".part" for other in path.parent.iterdir()):
-            raise ValueError(f"{path.parent} is not empty, and not an evaluation's: choose another --output.")
-        return
-    old = json.loads(path.read_text(encoding="utf-8"))
-    differ = [f"{name} {old.get(name)!r}, now {value!r}" for name, value in settings.items() if old.get(name) != value]
-    if differ:
-        raise ValueError(
-            f"{path.parent} holds an evaluation with other settings: {'; '.join(differ)}. Go on with those, or choose another "
-            "--output."
-        )
-
-
-def write_json(path: Path, value):
-    """Writes a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    path = output / "settings.json"
+    if path.exists():
+        check_settings(path, settings, "--output")
+    elif output.exists() and any(other.name != LOCK and other.suffix != ".part" for other in output.iterdir()):
+        raise ValueError(f"{output} is not empty, and not an evaluation's: choose another --output.")
 
 
 def load_model(args: argparse.Namespace):
-    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=True)
+    tokenizer = load_tokenizer(args.model)
     dtype = args.dtype or ("float32" if args.device == "cpu" else "auto")
     options = {}
     if args.quantization:
@@ -175,15 +160,8 @@ def load_model(args: argparse.Namespace):
     if args.ptuning_checkpoint:
         prefix = AutoConfig.from_pretrained(args.ptuning_checkpoint, trust_remote_code=True)
         options |= {"pre_seq_len": prefix.pre_seq_len, "prefix_projection": prefix.prefix_projection}
-    model, loaded = AutoModelForCausalLM.from_pretrained(
-        args.model, trust_remote_code=True, dtype=dtype, output_loading_info=True, **options
-    )
-    missing = [name for name in loaded["missing_keys"] if not (args.ptuning_checkpoint and "prefix_encoder" in name)]
-    if missing:
-        raise ValueError(
-            f"{args.model} lacks {len(missing)} weights ({missing[0]}, say), which would be random. If it holds a P-Tuning prefix "
-            "alone, give it as --ptuning_checkpoint, and the model that it was trained for as --model."
-        )
+    may_lack = ("prefix_encoder",) if args.ptuning_checkpoint else ()
+    model = load(AutoModelForCausalLM, args.model, may_lack, dtype=dtype, **options)
     if args.ptuning_checkpoint:
         load_prefix(model, args.ptuning_checkpoint)
     return model.to(args.device).eval(), tokenizer
@@ -252,28 +230,29 @@ def perplexity(sample: dict, lm) -> dict:
 def main(argv: list[str] | None = None):
     args = parse_args(argv)
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    path, settings = args.output / "settings.json", settings_of(args)
-    check_settings(path, settings)
+    settings = settings_of(args)
+    check_output(args.output, settings)
     tasks = build_tasks(args)
-    finished = {task.task_name for task in tasks if (args.output / "tasks" / f"{task.task_name}.json").exists()}
-    left = [task for task in tasks if task.task_name not in finished]
-    if finished:
-        print(f"{len(finished)} of {len(tasks)} tasks are finished in {args.output}.", file=sys.stderr)
-    if left:
-        lm = EvaluatedModel(*load_model(args), args.batch_size)
-        write_json(path, {**settings, "name": args.name or Path(args.model).resolve().name})
-        total = sum(requests_of(task, lm, args.limit) for task in left)
-        with tqdm(total=total, unit="request", smoothing=0.05) as bar:
-            lm.progress = bar.update
-            for task in left:
-                bar.set_description(task.task_name)
-                result = run_task(task, lm, args.limit)
-                write_json(args.output / "tasks" / f"{task.task_name}.json", result)
-    print(write_report([args.output], args.output).read_text(encoding="utf-8"))
+    with only_run(args.output, "--output"):
+        results = finished_tasks(args.output)
+        left = [task for task in tasks if task.task_name not in results]
+        if len(left) < len(tasks):
+            print(f"{len(tasks) - len(left)} of {len(tasks)} tasks are finished in {args.output}.", file=sys.stderr)
+        if left:
+            lm = EvaluatedModel(*load_model(args), args.batch_size)
+            name = args.name or Path(args.model).resolve().name
+            write_json(args.output / "settings.json", {**settings, "name": name})
+            total = sum(requests_of(task, lm, args.limit) for task in left)
+            with tqdm(total=total, unit="request", smoothing=0.05) as bar:
+                lm.progress = bar.update
+                for task in left:
+                    bar.set_description(task.task_name)
+                    result = run_task(task, lm, args.limit)
+                    write_json(args.output / "tasks" / f"{task.task_name}.json", result)
+        page = write_report([args.output], args.output)
+    print(page.read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":
-    try:
+    with plain_errors("evaluation"):
         main()
-    except (ValueError, OSError, MemoryError) as error:
-        raise SystemExit(str(error)) from error

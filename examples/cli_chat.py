@@ -7,16 +7,21 @@ Chat in the terminal.
     printf '你好\\nWho are you?\\n' | python -m examples.cli_chat
 
 `clear` forgets the dialogue, `stop` ends. Ctrl-C stops an answer and keeps the dialogue. In a terminal answers are shown as
-Markdown (by rich, if it is installed), elsewhere as they are.
+Markdown (by rich, if it is installed), elsewhere as they are. What is read from a pipe is UTF-8, or in the encoding of the
+locale if that is another.
 """
 
 import argparse
+import codecs
+import locale
 import os
 import sys
 import unicodedata
+from collections.abc import Iterator
 
 import torch
 
+from common.errors import plain_errors
 from examples.load_model import add_model_options, at_least, load_model
 
 
@@ -46,8 +51,9 @@ class PlainDisplay:
     def interrupted(self):
         print(" …", end="")
 
-    def __exit__(self, *exception):
-        print()
+    def __exit__(self, kind, *exception):
+        if kind is None or not issubclass(kind, OSError):  # such as that of a full disk
+            print()
 
 
 class MarkdownDisplay:
@@ -92,21 +98,58 @@ def stream_answer(model, tokenizer, query: str, history: list, past_key_values, 
     return history, past_key_values
 
 
-def chat(model, tokenizer, **options):
-    """Reads queries, from a terminal or a pipe, until `stop` or the end."""
-    interactive = sys.stdin.isatty()
-    if interactive:
+def piped_queries() -> Iterator[str]:
+    """
+    Yields the lines of a pipe or file.
+
+    Raises:
+        ValueError: at the end, if lines were left out, each with a word, as they are in another encoding.
+    """
+    encoding, left_out = sys.stdin.encoding, 0
+    for number, line in enumerate(sys.stdin.buffer, start=1):
+        if number == 1 and encoding.lower() == "utf-8":
+            line = line.removeprefix(codecs.BOM_UTF8)  # which editors on Windows write
         try:
-            import readline  # noqa: F401  (line editing and history in input())
-        except ImportError:  # Windows has its own
-            pass
-        print(GREETING)
-    history, past_key_values = [], None
+            yield line.decode(encoding)
+        except UnicodeDecodeError:
+            left_out += 1
+            print(f"Line {number} of the input is not {encoding.upper()}, and is not answered.", file=sys.stderr)
+    if left_out:
+        raise ValueError(
+            f"{left_out} lines of the input are not {encoding.upper()}. Convert them, for example by iconv -f GB18030 -t UTF-8."
+        )
+
+
+def typed_queries() -> Iterator[str]:
+    """Yields what is typed in a terminal, up to its end or Ctrl-C."""
+    try:
+        # For the line editor, too: in the locale C it would read the bytes of Chinese characters as keys.
+        if locale.nl_langinfo(locale.CODESET).upper() != "UTF-8" and sys.stdin.encoding.lower() == "utf-8":
+            os.environ["LC_ALL"] = "C.UTF-8"
+            locale.setlocale(locale.LC_CTYPE, "")
+        import readline  # noqa: F401  (line editing and history in input())
+    except (
+        AttributeError,
+        ImportError,
+        locale.Error,
+    ):  # Windows has its own; a system without that locale does without
+        pass
     while True:
         try:
-            query = input("\n用户：" if interactive else "").strip()
+            yield input("\n用户：")
         except (EOFError, KeyboardInterrupt):
-            break
+            return
+        except UnicodeDecodeError as error:
+            print(f"That is not {error.encoding}: set the encoding of the terminal.")
+
+
+def chat(model, tokenizer, **options):
+    """Answers queries, from a terminal or a pipe, until `stop` or the end."""
+    interactive = sys.stdin.isatty()
+    if interactive:
+        print(GREETING)
+    history, past_key_values = [], None
+    for query in map(str.strip, typed_queries() if interactive else piped_queries()):
         if query == "stop":
             break
         if query == "clear":
@@ -140,8 +183,10 @@ def main():
     )
     args = parser.parse_args()
 
-    if sys.stdin is not None and hasattr(sys.stdin, "reconfigure"):
-        sys.stdin.reconfigure(errors="replace")  # what is not UTF-8 becomes �, rather than the end
+    if sys.stdout is None:
+        raise SystemExit("The standard output is closed: there is nowhere to answer to.")
+    if sys.stdin is None and args.prompt is None:
+        raise SystemExit("The standard input is closed: give a --prompt.")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # where answers cannot be written, on old Windows
     if args.seed is not None:
@@ -161,9 +206,22 @@ def main():
         raise SystemExit(str(error)) from None
 
 
-if __name__ == "__main__":
+def run():
+    """`main`, without a word if the reader of the answers has left, and with one line if they cannot be written."""
     try:
-        main()
-    except BrokenPipeError:  # whoever read the answers has seen enough
+        try:
+            main()
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except OSError as error:
+        # What is still to be written would fail again at the end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(1) from None
+        if isinstance(error, BrokenPipeError):
+            raise SystemExit(1) from None
+        raise
+
+
+if __name__ == "__main__":
+    with plain_errors("chat"):
+        run()

@@ -4,15 +4,15 @@ import argparse
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel
 from transformers.utils import logging
 
+from common import checkpoint
+from common.package import TINY
 
-TINY = Path(__file__).resolve().parent.parent / "checkpoints/tiny"
+
 DTYPES = ["float32", "bfloat16", "float16"]
 
 
@@ -66,20 +66,17 @@ def load_model(args: argparse.Namespace):
                 f"--device {device}: {str(error).splitlines()[0]} Use --device cpu, or a build of PyTorch for the device."
             ) from None
     dtype = args.dtype or ("float32" if device == "cpu" else "auto")  # CPUs compute slowly in float16
-    if path.is_dir() and not (path / "tokenizer.model").is_file():
-        raise SystemExit(
-            f"--model {args.model}: tokenizer.model is missing. Copy it there: it is published beside the weights."
-        )
     options = {}
     if args.quantization:
         options["quantization_config"] = {"quant_method": "chatglm", "bits": int(args.quantization.removeprefix("int"))}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=True)
-        model = AutoModel.from_pretrained(
-            args.model, trust_remote_code=True, device_map=device, dtype=dtype, **options
-        ).eval()
-    except (OSError, ValueError, RuntimeError, SafetensorError, UnpicklingError) as error:
-        raise SystemExit(f"--model {args.model}: {' '.join(str(error).split())}") from None
+        if path.is_dir():
+            checkpoint.read_config(path)
+        tokenizer = checkpoint.load_tokenizer(args.model)
+        model = checkpoint.load(AutoModel, args.model, device_map=device, dtype=dtype, **options).eval()
+    except (OSError, ValueError, MemoryError, *checkpoint.UNREADABLE) as error:
+        message = " ".join(str(error).split()) or type(error).__name__
+        raise SystemExit(f"--model {args.model}: {message}") from None
     if not hasattr(model, "stream_chat"):
         raise SystemExit(f"--model {args.model}: a model of type {model.config.model_type}, not ChatGLM2 (chatglm).")
     return model, tokenizer

@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -435,6 +436,21 @@ def spoiled(write_checkpoint, model, folder: Path, how: str) -> Path:
     elif how == "quantization is no object":
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**config, "quantization_config": "x"}))
+    elif how == "bin of something else":
+        path.unlink()
+        torch.save({"epoch": 3}, folder / "pytorch_model.bin")
+    elif how == "index without a map":
+        path.unlink()
+        (folder / "model.safetensors.index.json").write_text('{"weight_map": 5}')
+    elif how == "index of other folders":
+        path.unlink()
+        (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../model.safetensors"}}')
+    elif how in ("number as text", "unknown dtype"):
+        config = json.loads((folder / "config.json").read_text())
+        change = {"number as text": {"num_layers": "2"}, "unknown dtype": {"torch_dtype": "evil"}}[how]
+        (folder / "config.json").write_text(json.dumps({**config, **change}))
+    elif how == "damaged tokenizer settings":
+        (folder / "tokenizer_config.json").write_text("{")
     elif how == "unknown class":
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**config, "architectures": ["FooForSequenceClassification"]}))
@@ -458,12 +474,18 @@ SPOILED = {
     "damaged .bin": "pytorch_model.bin .*cannot be read",
     "a shard is missing": "lacks pytorch_model-00002-of-00002.bin",
     "no config": "config.json is missing",
-    "config is no JSON": "is no JSON",
-    "config is wrong": "num_layers must be at least 1",
+    "config is no JSON": "config.json is not JSON",
+    "config is wrong": "config.json: .*num_layers must be at least 1",
     "config is a list": "must hold a JSON object, got list",
-    "quantization is no object": "config.json",
+    "quantization is no object": "config.json: quantization_config must be an object, got 'x'",
+    "bin of something else": "pytorch_model.bin must hold tensors by name",
+    "index without a map": "index.json: weight_map must be an object .*, got 5",
+    "index of other folders": "index.json: weight_map must be an object .*'../model.safetensors'",
+    "number as text": "config.json: .*num_layers.*expected int, got str",
+    "unknown dtype": "config.json: torch_dtype must name a type of torch, such as 'float16', got 'evil'",
+    "damaged tokenizer settings": "tokenizer_config.json is not JSON",
     "unknown class": "'FooForSequenceClassification', which this package does not have",
-    "another architecture": "type 'llama', not a ChatGLM2",
+    "another architecture": "config.json: model_type is 'llama', and ChatGLM2's is 'chatglm'",
     "quantized by others": "quantized by 'gptq'",
     "no tokenizer": "no tokenizer.model",
 }
@@ -473,8 +495,9 @@ SPOILED = {
 def test_spoiled_checkpoints(small_model, write_checkpoint, tmp_path, how):
     folder = spoiled(write_checkpoint, small_model(), tmp_path / "source", how)
     for command in (to_safetensors, to_glm, quantize):
-        with pytest.raises(SystemExit, match=f"(?s){SPOILED[how]}|tokenizer.model not found"):
+        with pytest.raises(SystemExit, match=f"{SPOILED[how]}|tokenizer.model not found") as error:
             command.main(["--model", str(folder), "--output", str(tmp_path / "out")])
+        assert len(str(error.value).splitlines()) == 1
         assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
@@ -489,17 +512,140 @@ def test_output_that_is_there(tmp_path):
     assert (tmp_path / "empty/model.safetensors").exists()
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
-def test_interrupted(tmp_path, monkeypatch, error):
-    """Nothing is left, neither under the name nor beside it."""
+def test_output_that_is_a_link(tmp_path):
+    """To an empty folder, or to one that is to be made: what it leads to is written, and the link stays."""
+    for name in ("empty", "none"):
+        (tmp_path / name).symlink_to(tmp_path / f"{name} target")
+    (tmp_path / "empty target").mkdir()
+    for name in ("empty", "none"):
+        to_safetensors.main(["--output", str(tmp_path / name)])
+        assert (tmp_path / name).is_symlink()
+        files = {path.name for path in (tmp_path / f"{name} target").iterdir()}
+        assert {"model.safetensors", "config.json", "quantization.py"} <= files and not any(f[0] == "." for f in files)
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(SystemExit, match="loop"):
+        to_safetensors.main(["--output", str(tmp_path / "loop")])
 
+
+def test_error_leaves_nothing(tmp_path, monkeypatch):
+    """Neither under the name nor beside it."""
+    for error in (KeyboardInterrupt, OSError(28, "No space left on device")):
+        monkeypatch.setattr(checkpoint, "save_file", raising(error))
+        with pytest.raises(SystemExit) as exit:
+            to_safetensors.main(["--output", str(tmp_path / "out")])
+        assert exit.value.code == 130 or "No space left" in exit.value.code
+        assert not any(tmp_path.iterdir())
+
+
+def raising(error):
     def fail(*args):
         raise error
 
-    monkeypatch.setattr(checkpoint, "save_file", fail)
-    with pytest.raises((KeyboardInterrupt, SystemExit), match="" if error is KeyboardInterrupt else "No space left"):
-        to_safetensors.main(["--output", str(tmp_path / "out")])
+    return fail
+
+
+@pytest.mark.parametrize("command", ["to_safetensors", "to_glm", "to_gguf"])
+def test_full_disk_is_one_line(tmp_path, command):
+    """A file system that takes no file of more than 1 MB, which is how a full one ends the writing of large files."""
+    if command == "to_gguf":
+        pytest.importorskip("gguf", reason="conversion.to_gguf needs gguf")
+    arguments = ["--output", str(tmp_path / "out")]
+    code = f"""
+import resource, sys
+from conversion import {command}
+sys.modules["__main__"].__spec__ = {command}.__spec__
+resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+{command}.main({arguments!r})
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    said = run.stderr.strip().splitlines()[-1]
+    assert run.returncode == 1 and "Traceback" not in run.stderr, run.stderr
+    assert said.startswith(f"conversion.{command}: {tmp_path / 'out'} could not be written")
+    assert "If the disk is full" in said
     assert not any(tmp_path.iterdir())
+
+
+def interrupted(output: Path, number: int) -> subprocess.Popen:
+    """A conversion that has got a signal while it was writing."""
+    code = f"""
+import sys, time
+from pathlib import Path
+from conversion import checkpoint, to_safetensors
+write = checkpoint.save_file
+def slow(*args):
+    write(*args)
+    print("writing", flush=True)
+    time.sleep(60)
+checkpoint.save_file = slow
+to_safetensors.main(["--output", {str(output)!r}])
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    assert process.stdout.readline() == "writing\n"
+    process.send_signal(number)
+    return process
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
+def test_signal_leaves_nothing(tmp_path, name):
+    process = interrupted(tmp_path / "out", getattr(signal, name))
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + getattr(signal, name) and "Traceback" not in errors
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("empty_folder", [False, True])
+def test_next_run_removes_what_a_killed_one_left(tmp_path, capsys, empty_folder):
+    output = tmp_path / "out"
+    if empty_folder:
+        output.mkdir()
+    process = interrupted(output, signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) > 10_000_000
+    to_safetensors.main(["--output", str(output)])
+    assert re.search(r"Removed [\d,]{10} bytes in .*, which an interrupted run had left", capsys.readouterr().err)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert not any(path.name.startswith(".") for path in output.iterdir())
+    assert load_file(output / "model.safetensors").keys() == load_file(TINY / "model.safetensors").keys()
+
+
+def test_two_runs_to_one_output(tmp_path):
+    """The second is refused, and takes nothing from the first; other outputs beside it are free."""
+    process = interrupted(tmp_path / "out", 0)
+    with pytest.raises(SystemExit, match="Another process is writing to .*out"):
+        to_safetensors.main(["--output", str(tmp_path / "out")])
+    to_safetensors.main(["--output", str(tmp_path / "other")])
+    assert (tmp_path / ".out.unfinished/files/0.safetensors").exists()
+    process.terminate()
+    process.communicate(timeout=60)
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
+
+
+def test_modes_are_those_of_the_user(tmp_path):
+    """By the process's umask, which is not changed meanwhile: other threads would make files that all may write."""
+    code = f"""
+import os
+os.umask(0o027)
+umask = os.umask
+os.umask = None
+from conversion import to_safetensors
+to_safetensors.main(["--output", {str(tmp_path / "out")!r}])
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0, run.stderr
+    modes = {path.name: path.stat().st_mode & 0o777 for path in [tmp_path / "out", *(tmp_path / "out").iterdir()]}
+    assert modes["out"] == 0o750 and modes["model.safetensors"] == modes["config.json"] == 0o640
+
+
+def test_old_bin_format(small_model, write_checkpoint, tmp_path):
+    """Of torch before 1.6, which cannot be mapped into memory; the library reads it, too."""
+    model = small_model(5)
+    source = write_checkpoint(tmp_path / "source", SMALL)
+    torch.save(model.state_dict(), source / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    to_safetensors.convert(source, tmp_path / "out")
+    assert_same_bytes(weights(tmp_path / "out"), model.state_dict())
+    assert_same_bytes(load(source).state_dict(), model.state_dict())
 
 
 # The page

@@ -25,6 +25,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import postprocess_generated_text
 from transformers import AutoModel, AutoTokenizer
 
+from common.files import only_run
 from conftest import ROOT, TINY
 from evaluation import data, protocol, report, run
 from evaluation.model import EvaluatedModel, common_prefix
@@ -295,7 +296,9 @@ def test_prefix_of_ptuning(folder, tmp_path, tiny, suite, mode, capsys):
     (tmp_path / "tokenizer.model").write_bytes((TINY / "tokenizer.model").read_bytes())
     (tmp_path / "tokenizer_config.json").write_bytes((TINY / "tokenizer_config.json").read_bytes())
     options[1] = str(tmp_path)
-    with pytest.raises(ValueError, match="lacks .* weights .*give it as --ptuning_checkpoint"):
+    with pytest.raises(
+        ValueError, match="lacks transformer.embedding.* and [0-9]+ more, .*holds a P-Tuning prefix alone"
+    ):
         run.load_model(run.parse_args(options))
 
 
@@ -479,7 +482,39 @@ def test_run_to_report(folder, tmp_path, some_subjects, capsys):
 
 def test_base_protocol_runs(folder, tmp_path, some_subjects, capsys):
     run.main(command(folder, tmp_path / "out", "--suite", "mmlu", "ceval", "--protocol", "base", "--limit", 2))
-    assert "tiny, base" in capsys.readouterr().out
+    page = capsys.readouterr().out
+    assert page == (tmp_path / "out/report.md").read_text(encoding="utf-8") + "\n"
+    assert "| **tiny, base** (measured, 55 subjects missing) | 4 |" in page
+    assert "| **tiny, base** (measured, 51 subjects missing) | 2 |" in page
+    results = json.loads((tmp_path / "out/results.json").read_text())["tiny, base"]
+    written = [json.loads(path.read_text()) for path in sorted((tmp_path / "out/tasks").glob("*.json"))]
+    assert [result["subject"] for result in written] == ["law", "anatomy", "econometrics"]
+    for suite in ("mmlu", "ceval"):
+        rows = [row for result in written if result["suite"] == suite for row in result["answers"]]
+        assert results[suite]["Average"]["samples"] == len(rows)
+        assert results[suite]["Average"]["correct"] == sum(row["choice"] == row["target"] for row in rows)
+    assert "texts name an answer" not in page  # nothing is generated
+
+
+def test_damaged_results_are_named_before_the_model_is_loaded(folder, tmp_path, some_subjects, monkeypatch):
+    options = command(folder, tmp_path / "out", "--suite", "gsm8k", "--limit", 1)
+    monkeypatch.setattr(run, "load_model", lambda args: pytest.fail("the model is loaded"))
+    (tmp_path / "out/tasks").mkdir(parents=True)
+    settings = tmp_path / "out/settings.json"
+    for content in ("", '{"model": '):
+        settings.write_text(content)
+        with pytest.raises(ValueError, match="settings.json is .*Choose another --output"):
+            run.main(options)
+    settings.write_text(json.dumps(run.settings_of(run.parse_args(options))))
+    (tmp_path / "out/tasks/gsm8k.json").write_text('{"suite": "gsm8k", "sub')
+    with pytest.raises(ValueError, match="tasks/gsm8k.json is not JSON .*Remove it: its task is then run again"):
+        run.main(options)
+
+
+def test_second_run_into_the_same_folder_is_refused(folder, tmp_path, some_subjects):
+    with only_run(tmp_path / "out", "--output"):
+        with pytest.raises(ValueError, match="Another process is writing to .*out.*choose another --output"):
+            run.main(command(folder, tmp_path / "out", "--suite", "gsm8k", "--limit", 1))
 
 
 def test_killed_run_goes_on_without_losing_subjects(folder, tmp_path):

@@ -1,9 +1,12 @@
 """What the README shows a new user: the terminal chat, with the small model that the repository comes with."""
 
 import codecs
+import json
 import os
 import pty
 import select
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +14,7 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer
 
 from conftest import ROOT, TINY
@@ -102,22 +106,92 @@ def test_loads_as_asked(options, monkeypatch, capsys):
     assert "ChatGLM2-Tiny" in capsys.readouterr().out
 
 
-def test_damaged_checkpoints_are_one_line(tmp_path, monkeypatch):
+def change_json(name: str, **fields):
+    """Changes fields of a JSON file of a checkpoint."""
+    return lambda folder: (folder / name).write_text(json.dumps({**json.loads((folder / name).read_text()), **fields}))
+
+
+def write(name: str, text: str):
+    return lambda folder: (folder / name).write_text(text)
+
+
+def remove(name: str):
+    return lambda folder: (folder / name).unlink()
+
+
+def change_weight(change):
+    """Changes the weights, a mapping of names to tensors."""
+
+    def rewrite(folder):
+        weights = load_file(folder / "model.safetensors")
+        change(weights)
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+    return rewrite
+
+
+def rename_to_shard(index: str):
+    def rename(folder):
+        (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+        (folder / "model.safetensors.index.json").write_text(index)
+
+    return rename
+
+
+def cut(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1_000_000])
+
+
+HEAD = "transformer.output_layer.weight"
+DAMAGES = {
+    "cut weights": (cut, "cannot be loaded: SafetensorError"),
+    "no weights": (remove("model.safetensors"), "There are no weights in"),
+    "missing weight": (change_weight(lambda w: w.pop(HEAD)), f"lacks {HEAD}, which would be random"),
+    "another shape": (change_weight(lambda w: w.update({HEAD: w[HEAD][:9].clone()})), r"is \[9, 256\]; by config.json"),
+    "index of no files": (rename_to_shard('{"weight_map": 5}'), "index.json: weight_map must be an object .* got 5"),
+    "index of other folders": (rename_to_shard('{"weight_map": {"a": "../x"}}'), "index.json: weight_map must be an object"),
+    "shard that is missing": (rename_to_shard('{"weight_map": {"a": "x.safetensors"}}'), "lacks x.safetensors of the files"),
+    "list": (write("config.json", "[]"), "config.json must hold a JSON object, got list"),
+    "empty": (write("config.json", ""), "config.json is empty"),
+    "number as text": (change_json("config.json", num_layers="2"), "config.json: .*'num_layers' expected int, got str"),
+    "quantization": (change_json("config.json", quantization_config=[1]), r"config.json: quantization_config must be an object, got \[1\]"),
+    "dtype": (change_json("config.json", torch_dtype="evil"), "config.json: torch_dtype must name a type of torch"),
+    "architectures": (change_json("config.json", architectures="x"), "config.json: architectures must be a list, got 'x'"),
+    "auto_map": (change_json("config.json", auto_map=[1]), r"config.json: auto_map must be an object, got \[1\]"),
+    "RoPE": (change_json("config.json", rope_parameters=[1]), "config.json: .*rope_parameters"),
+    "another model": (change_json("config.json", model_type="llama"), "config.json: model_type is 'llama'"),
+    "tokenizer settings": (write("tokenizer_config.json", "{"), "tokenizer_config.json is not JSON"),
+    "no tokenizer settings": (remove("tokenizer_config.json"), "tokenizer_config.json is missing. Copy it there"),
+    "no tokenizer": (remove("tokenizer.model"), "tokenizer.model is missing. Copy it there"),
+    "padding side": (change_json("tokenizer_config.json", padding_side=5), "The tokenizer of .* cannot be loaded from tokenizer_config.json"),
+    "generation settings": (write("generation_config.json", "[]"), "generation_config.json must hold a JSON object"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_checkpoints_are_one_line(damage, tmp_path, monkeypatch, capsys):
+    """Which names the file, and the field; nothing is answered with weights that are random."""
     for path in TINY.glob("[!.]*.*"):
         (tmp_path / path.name).write_bytes(path.read_bytes())
+    change, message = DAMAGES[damage]
+    change(tmp_path)
     monkeypatch.setattr(sys, "argv", ["cli_chat", "--model", str(tmp_path), "--prompt", "hi"])
-    weights = tmp_path / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1_000_000])
-    with pytest.raises(SystemExit, match=f"--model {tmp_path}: "):
+    with pytest.raises(SystemExit, match=f"^--model {tmp_path}: .*{message}") as exit:
         cli_chat.main()
-    (tmp_path / "tokenizer.model").unlink()
-    with pytest.raises(SystemExit, match="tokenizer.model is missing"):
-        cli_chat.main()
+    assert len(str(exit.value).splitlines()) == 1 and capsys.readouterr() == ("", "")
 
 
 def test_least_temperature(tiny):
     model, tokenizer = tiny
     assert model.chat(tokenizer, "你好", temperature=1e-300)[0] == model.chat(tokenizer, "你好", do_sample=False)[0]
+
+
+def run_shell(command: str, stdin: bytes | None = None, **environment):
+    """Runs the chat by a line of the shell, in which CHAT stands for it."""
+    command = command.replace("CHAT", shlex.join(CHAT))
+    environment = {**os.environ, **environment}
+    return subprocess.run(command, shell=True, input=stdin, capture_output=True, cwd=ROOT, timeout=120, env=environment)
 
 
 def test_reader_that_leaves():
@@ -128,27 +202,61 @@ def test_reader_that_leaves():
     assert process.wait(120) == 1 and process.stderr.read() == b""
 
 
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        ("CHAT --prompt 你好 > /dev/full", b"No space left on device"),
+        ("CHAT --prompt 你好 >&-", b"The standard output is closed"),
+        ("CHAT <&-", b"The standard input is closed: give a --prompt"),
+    ],
+)
+def test_output_that_cannot_be_written_is_one_line(command, message):
+    run = run_shell(command)
+    assert run.returncode == 1 and message in run.stderr and run.stderr.count(b"\n") == 1, run.stderr
+
+
 def test_output_that_cannot_be_encoded():
-    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
-    run = subprocess.run([*CHAT, "--prompt", "你好"], capture_output=True, cwd=ROOT, timeout=120, env=environment)
+    run = run_shell("CHAT --prompt 你好", PYTHONIOENCODING="ascii")
     assert run.returncode == 0 and b"ChatGLM2-Tiny" in run.stdout
 
 
-def test_input_that_is_not_utf8():
-    run = subprocess.run(
-        CHAT, input=b"\xff\xfe\n\xe4\xbd\xa0\xe5\xa5\xbd\n", capture_output=True, cwd=ROOT, timeout=120
-    )
-    assert run.returncode == 0 and "ChatGLM2-Tiny" in run.stdout.decode()
+def test_input_in_another_encoding_is_not_answered(tiny):
+    """Nor guessed; the lines in UTF-8 beside it are answered."""
+    model, tokenizer = tiny
+    expected, _ = model.chat(tokenizer, "你好", do_sample=False)
+    run = run_shell("CHAT", "你好吗\n".encode("gb18030") + "你好\n".encode())
+    assert run.stdout.decode().strip() == expected and run.returncode == 1
+    said = run.stderr.decode().splitlines()
+    assert said[0] == "Line 1 of the input is not UTF-8, and is not answered."
+    assert "1 lines of the input are not UTF-8. Convert them, for example by iconv" in said[1] and len(said) == 2
+
+
+@pytest.mark.parametrize(
+    "stdin, environment",
+    [
+        ("\ufeff你好\n".encode(), {}),
+        ("你好\n".encode(), {"LC_ALL": "C"}),
+        ("你好\r\n".encode(), {}),
+        ("你好".encode("gb18030"), {"PYTHONIOENCODING": "gb18030"}),
+    ],
+    ids=["byte order mark", "locale C", "lines of Windows", "another encoding that is set"],
+)
+def test_encodings_of_the_input(tiny, stdin, environment):
+    model, tokenizer = tiny
+    expected, _ = model.chat(tokenizer, "你好", do_sample=False)
+    run = run_shell("CHAT", stdin, **environment)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.decode(environment.get("PYTHONIOENCODING", "utf-8")).strip() == expected
 
 
 class Terminal:
     """A program in a terminal of 80 columns."""
 
-    def __init__(self, command):
+    def __init__(self, command, **environment):
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
             os.chdir(ROOT)
-            os.environ.update(TERM="xterm", COLUMNS="80", LINES="24", PYTHONIOENCODING="utf-8")
+            os.environ.update(TERM="xterm", COLUMNS="80", LINES="24", **environment)
             os.execv(command[0], command)
         self.output, self.decoder = "", codecs.getincrementaldecoder("utf-8")()
 
@@ -166,9 +274,10 @@ class Terminal:
         os.write(self.fd, text.encode())
 
 
-def test_terminal(tmp_path):
+@pytest.mark.parametrize("language", ["C.UTF-8", "C"])
+def test_terminal(language):
     """In a terminal: greeting, an answer, Ctrl-C in the middle of one, the dialogue that goes on, clear, stop."""
-    terminal = Terminal([*CHAT])
+    terminal = Terminal([*CHAT], LC_ALL=language)
     try:
         terminal.read_until("用户：")
         terminal.write("你好\n")
@@ -186,6 +295,65 @@ def test_terminal(tmp_path):
         assert os.waitpid(terminal.pid, 0)[1] == 0
     finally:
         os.close(terminal.fd)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_signal_leaves_the_cursor_shown(name):
+    pytest.importorskip("rich")
+    terminal = Terminal([*CHAT], LC_ALL="C.UTF-8")
+    try:
+        terminal.read_until("用户：")
+        terminal.write("Tell me a story.\n")
+        terminal.read_until("\x1b[?25l")  # hides the cursor
+        terminal.read_until("Once upon")
+        os.kill(terminal.pid, getattr(signal, name))
+        terminal.read_until("\x1b[?25h")  # shows it
+        assert os.waitstatus_to_exitcode(os.waitpid(terminal.pid, 0)[1]) == 128 + getattr(signal, name)
+    finally:
+        os.close(terminal.fd)
+
+
+TYPED = [
+    "$(shell touch x)", "$(touch x)", "`touch x`", "$HOME", "$$", "${HOME} %d %s", "-5+3=?", "--greedy", "a=b", "'\"; touch x #",
+    "a\\nb\\", "你好！", "two  blanks", "first\nsecond", "*", "!!", "~", "a\tb", "%",
+]  # fmt: skip
+
+
+@pytest.fixture
+def chat_by_make(tmp_path):
+    """Runs `make chat` with an interpreter that says what it is given: `chat_by_make("PROMPT=hi")`."""
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    for name in ("Makefile", "setup.cfg", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    python = tmp_path / ".venv/bin/python"
+    python.write_text("#!/bin/sh\nfor word; do printf '%s\\0' \"$word\"; done\n")
+    python.chmod(0o755)
+    for name in ("installed", "installed-chat"):
+        (tmp_path / ".venv" / name).touch()
+
+    def run(*arguments, **environment) -> list[str]:
+        command = ["make", "--silent", "chat", *arguments]
+        run = subprocess.run(command, cwd=tmp_path, capture_output=True, env={**os.environ, **environment})
+        assert run.returncode == 0 and run.stderr == b"", run.stderr
+        assert not (tmp_path / "x").exists()  # which some of what is typed would make if it was run
+        return run.stdout.decode().split("\0")[:-1]
+
+    return run
+
+
+@pytest.mark.parametrize("text", TYPED)
+def test_what_is_typed_after_make_arrives(chat_by_make, text):
+    """Nothing in it is run or expanded, on the command line and from the environment."""
+    for words in (chat_by_make(f"PROMPT={text}"), chat_by_make(PROMPT=text)):
+        assert words[-1] == f"--prompt={text}" and words[:2] == ["-m", "examples.cli_chat"]
+    assert f"--model={text}" in chat_by_make(f"MODEL={text}")
+
+
+def test_make_chat_has_its_options(chat_by_make):
+    assert chat_by_make() == ["-m", "examples.cli_chat", "--model=checkpoints/tiny", "--temperature", "0.3"]
+    assert chat_by_make("MODEL=other", "ARGS=--greedy --seed 3")[2:] == ["--model=other", "--greedy", "--seed", "3"]
 
 
 def test_markdown_is_rendered(monkeypatch):

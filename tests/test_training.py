@@ -3,17 +3,24 @@
 import json
 import math
 import os
+import re
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
 from test_parallel import free_port
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from trl import TrlParser
 
+from common.files import only_run
 from conftest import ROOT, SMALL, TINY
-from training import lora, predict, pretrain, ptuning, sft
+from training import lora, options, predict, pretrain, ptuning, sft
 from training.data import DataArguments, encode_dialogue, encode_response
 from training.trainer import RecipeTrainer, last_checkpoint
 
@@ -123,8 +130,129 @@ def test_resuming_with_other_settings_is_refused(start, data, tmp_path):
     Path(last_checkpoint(tmp_path), "trainer_state.json").write_text('{"epoch": 0.5, "glo')  # cut short
     assert last_checkpoint(tmp_path).endswith("checkpoint-6")
     (tmp_path / "settings.json").unlink()
-    with pytest.raises(ValueError, match="no settings.json that says how they were made"):
+    with pytest.raises(ValueError, match="settings.json is missing. It says how the results beside it were made"):
         run(sft, start, data, tmp_path)
+    (tmp_path / "settings.json").write_text("")
+    with pytest.raises(ValueError, match="settings.json is empty.* Choose another --output_dir"):
+        run(sft, start, data, tmp_path)
+
+
+def test_resuming_on_other_weights_is_refused(start, data, tmp_path):
+    """An adapter goes on only with the frozen weights that it was begun on."""
+    base = Path(shutil.copytree(start, tmp_path / "base"))
+    run(lora, base, data, tmp_path / "out")
+    weights = base / "model.safetensors"
+    os.utime(weights, (weights.stat().st_atime, weights.stat().st_mtime + 5))
+    with pytest.raises(ValueError, match="holds a run with other settings: weights .*model.safetensors"):
+        run(lora, base, data, tmp_path / "out")
+
+
+@pytest.mark.parametrize("recipe", [pretrain, sft, lora, ptuning])
+@pytest.mark.parametrize("length", [("--max_steps", "3"), ("--max_steps", "-1", "--num_train_epochs", "1")])
+def test_finished_run_is_only_saved_again(recipe, length, start, data, tmp_path):
+    """Not trained on: the same log, the same weights, also where the end was killed between checkpoint and final save."""
+    options = (
+        *length,
+        "--per_device_train_batch_size",
+        "32",
+        "--validation_file",
+        data["texts" if recipe is pretrain else "pairs"],
+    )
+    expected = run(recipe, start, data, tmp_path, *options)
+    saved = {path.name: path.read_bytes() for path in tmp_path.glob("*.*") if path.suffix in (".safetensors", ".bin")}
+    saved.pop("training_args.bin")
+    held_out = json.loads((tmp_path / "eval_results.json").read_text())
+    results = (tmp_path / "train_results.json").read_text()
+    for name in saved:
+        (tmp_path / name).unlink()
+    torch.manual_seed(99)
+    assert run(recipe, start, data, tmp_path, *options) == expected
+    assert saved and {name: (tmp_path / name).read_bytes() for name in saved} == saved
+    assert json.loads((tmp_path / "eval_results.json").read_text())["eval_loss"] == held_out["eval_loss"]
+    assert (tmp_path / "train_results.json").read_text() == results
+    assert json.loads((tmp_path / "trainer_state.json").read_text())["global_step"] == len(expected)
+
+
+def test_resume_from_checkpoint(start, data, tmp_path, logs):
+    """ "True" is the last checkpoint of the output folder, as for the Trainer's own option; "False" is none."""
+    with pytest.raises(ValueError, match="There is no checkpoint in .* to resume from"):
+        run(sft, start, data, tmp_path, "--resume_from_checkpoint", "True")
+    run(sft, start, data, tmp_path, "--resume_from_checkpoint", "False")
+    with pytest.raises(ValueError, match="checkpoint-8 is there: to start anew, add --overwrite_output_dir"):
+        run(sft, start, data, tmp_path, "--resume_from_checkpoint", "False")
+    shutil.rmtree(tmp_path / "checkpoint-8")
+    logs.clear()
+    assert len(run(sft, start, data, tmp_path, "--resume_from_checkpoint", "true")) == 8
+    assert f"Going on from {tmp_path / 'checkpoint-6'}" in logs.text
+    shutil.rmtree(tmp_path / "checkpoint-8")
+    logs.clear()
+    run(sft, start, data, tmp_path, "--resume_from_checkpoint", str(tmp_path / "checkpoint-6"))
+    assert f"Going on from {tmp_path / 'checkpoint-6'}" in logs.text
+    for path in (str(tmp_path), "nowhere"):
+        with pytest.raises(ValueError, match=f"{path} is no folder checkpoint-N with a trainer_state.json"):
+            run(sft, start, data, tmp_path, "--resume_from_checkpoint", path)
+
+
+def test_overwriting_the_output(start, data, tmp_path):
+    """A run anew, without what an earlier one with other settings left; never without what it starts from."""
+    run(ptuning, start, data, tmp_path, "--pre_seq_len", "4")
+    again = ("--overwrite_output_dir", "--pre_seq_len", "4", "--max_steps", "2", "--save_steps", "1")
+    with pytest.raises(
+        ValueError, match="would remove .*checkpoint-6 .--ptuning_checkpoint., which this run starts from"
+    ):
+        run(ptuning, start, data, tmp_path, *again, "--ptuning_checkpoint", str(tmp_path / "checkpoint-6"))
+    assert len(run(ptuning, start, data, tmp_path, *again)) == 2
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+    with pytest.raises(ValueError, match="exclude each other"):
+        run(ptuning, start, data, tmp_path, *again, "--resume_from_checkpoint", "True")
+
+
+def test_two_runs_into_one_folder(start, data, tmp_path):
+    with only_run(tmp_path, "--output_dir"):
+        with pytest.raises(ValueError, match="Another process is writing to .*choose another --output_dir"):
+            run(sft, start, data, tmp_path)
+    run(sft, start, data, tmp_path)
+
+
+@pytest.mark.parametrize("recipe", [sft, lora, ptuning, pretrain])
+def test_label_smoothing_is_of_the_next_tokens(recipe, start, data, tmp_path, monkeypatch):
+    """The formula of Szegedy et al. 2016 on shifted labels, in batches of any size; held-out data are not smoothed."""
+    seen = []
+    compute_loss = RecipeTrainer.compute_loss
+
+    def watched(self, model, inputs, *args, **kwargs):
+        batch, state = {name: value.clone() for name, value in inputs.items()}, torch.get_rng_state()
+        loss = compute_loss(self, model, inputs, *args, **kwargs)
+        if model.training:
+            labels = batch.pop("labels")[:, 1:]
+            torch.set_rng_state(state)  # the dropout of the prefix
+            with torch.no_grad():
+                logits = model(**batch).logits[:, :-1][labels != -100].log_softmax(-1)
+            target = logits.gather(1, labels[labels != -100][:, None])
+            seen.append((loss.item(), -(0.7 * target + 0.3 * logits.mean(-1, keepdim=True)).mean().item()))
+        return loss
+
+    monkeypatch.setattr(RecipeTrainer, "compute_loss", watched)
+    held_out = ("--validation_file", data["texts" if recipe is pretrain else "pairs"])
+    options = ("--max_steps", "2", "--learning_rate", "0", *held_out)
+    run(recipe, start, data, tmp_path / "smooth", *options, "--label_smoothing_factor", "0.3")
+    assert len(seen) == 2
+    for loss, expected in seen:
+        assert loss == pytest.approx(expected, rel=1e-4)
+    monkeypatch.undo()
+    plain = run(recipe, start, data, tmp_path / "plain", *options)
+    assert losses(plain)[0] != pytest.approx(seen[0][0], rel=1e-3)
+    losses_held_out = [
+        json.loads((tmp_path / name / "eval_results.json").read_text())["eval_loss"] for name in ("smooth", "plain")
+    ]
+    assert losses_held_out[0] == pytest.approx(losses_held_out[1], rel=1e-5)
+
+
+def test_label_smoothing_does_not_depend_on_how_batches_are_split(start, data, tmp_path):
+    options = ("--max_steps", "2", "--label_smoothing_factor", "0.2", "--max_grad_norm", "0")
+    whole = run(sft, start, data, tmp_path / "a", *options, "--per_device_train_batch_size", "8")
+    split = ("--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "4")
+    assert losses(run(sft, start, data, tmp_path / "b", *options, *split)) == pytest.approx(losses(whole), rel=1e-4)
 
 
 @pytest.mark.parametrize("packing", [(), ("--packing", "--max_source_length", "20", "--max_target_length", "20")])
@@ -242,8 +370,10 @@ def test_quantized_weights_stay_as_they_are(recipe, start, data, tmp_path):
         recipe, start, data, tmp_path, "--quantization_bit", "4", "--learning_rate", "3e-2", "--gradient_checkpointing"
     )
     assert losses(log)[-1] < losses(log)[0]
-    with pytest.raises(ValueError, match="attach trainable adapters"):
-        run(sft, start, data, tmp_path / "sft", "--quantization_bit", "4")
+    for other in (sft, pretrain):
+        with pytest.raises(ValueError, match="Quantized weights are frozen.*run training.lora or training.ptuning"):
+            run(other, start, data, tmp_path / "other", "--quantization_bit", "4")
+    assert not (tmp_path / "other").exists()
 
 
 def test_qlora_on_bitsandbytes(start, data, tmp_path):
@@ -253,19 +383,56 @@ def test_qlora_on_bitsandbytes(start, data, tmp_path):
     assert (tmp_path / "adapter_model.safetensors").is_file()
 
 
-def test_trl_learns_answers_only(start, data, tmp_path):
-    """TRL's own trainer, by the chat template: what it predicts are the ids that the recipes predict."""
-    from datasets import Dataset
+def peft_table() -> list[tuple[str, list[str], str]]:
+    """(class, target_modules, other arguments) of the methods that docs/training.md names."""
+    page = (ROOT / "docs/training.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+Config)` \| (.*?) \| (.*?) ?\|$", page, re.M)
+    return [(name, re.findall(r"`(\w+)`", modules), other.strip("` ")) for name, modules, other in rows]
+
+
+@pytest.mark.parametrize("name, modules, other", peft_table())
+def test_adapters_of_the_page(name, modules, other, start):
+    """PEFT has no modules of its own for them; with those of the page every adapter gets a gradient."""
+    import peft
+
+    options = {"task_type": "CAUSAL_LM"} | ({"total_step": 10} if name == "AdaLoraConfig" else {})
+    options |= {"vector_length": 8} if name == "VBLoRAConfig" else {}
+    base = AutoModelForCausalLM.from_pretrained(start, trust_remote_code=True)
+    with pytest.raises(ValueError, match="Please specify `target_modules`"):
+        peft.get_peft_model(base, getattr(peft, name)(**options))
+    base = AutoModelForCausalLM.from_pretrained(start, trust_remote_code=True)
+    config = getattr(peft, name)(**options, target_modules=modules, **eval(f"dict({other})"))
+    model = peft.get_peft_model(base, config)
+    ids = torch.arange(300, 320)[None]
+    model(input_ids=ids, labels=ids).loss.backward()
+    adapted = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert len(adapted) > SMALL["num_layers"] * len(modules) / 2
+    assert all(p.grad is not None for p in adapted.values())
+
+
+@pytest.mark.parametrize("form", ["messages", "prompt and completion", "strings"])
+def test_forms_of_trl(form, start, tmp_path):
+    """Conversations give the ids of the recipes; strings do not end in </s>, which docs/training.md says."""
     from trl import SFTConfig, SFTTrainer
 
     messages = [{"role": "user", "content": "Say red"}, {"role": "assistant", "content": "red blue"}]
     tokenizer = AutoTokenizer.from_pretrained(start, trust_remote_code=True)
+    row = {"messages": messages}
+    if form == "prompt and completion":
+        row = {"prompt": messages[:1], "completion": messages[1:]}
+    elif form == "strings":
+        row = {"prompt": tokenizer.build_prompt("Say red"), "completion": "red blue"}
+    answers = {"assistant_only_loss": True} if form == "messages" else {}
+    args = SFTConfig(tmp_path, max_steps=1, use_cpu=True, bf16=False, report_to="none", **answers)
     model = AutoModelForCausalLM.from_pretrained(start, trust_remote_code=True)
-    args = SFTConfig(tmp_path, assistant_only_loss=True, max_steps=2, use_cpu=True, bf16=False, report_to="none")
-    rows = Dataset.from_list([{"messages": messages}] * 8)
-    trainer = SFTTrainer(model, args, train_dataset=rows, processing_class=tokenizer)
+    trainer = SFTTrainer(model, args, train_dataset=Dataset.from_list([row] * 8), processing_class=tokenizer)
     batch = next(iter(trainer.get_train_dataloader()))
     expected = encode_dialogue(tokenizer, messages, DataArguments())
+    if form == "strings":
+        assert tokenizer.eos_token_id not in batch["input_ids"][0] and "TRL appends the text `</s>`" in (
+            ROOT / "docs/training.md"
+        ).read_text(encoding="utf-8")
+        return
     assert batch["input_ids"][0].tolist() == expected.input_ids
     assert batch["labels"][0].tolist() == expected.labels
     trainer.train()
@@ -312,7 +479,7 @@ def test_prefix_in_mixed_precision(start, data, tmp_path):
 def test_wrong_tests_are_refused_before_training(start, data, tmp_path):
     test = tmp_path / "test.json"
     test.write_text('[{"question": "a", "answer": "b"}]')
-    with pytest.raises(ValueError, match="no column prompt, response"):
+    with pytest.raises(ValueError, match="no column prompt in the data; there are question, answer"):
         run(sft, start, data, tmp_path / "out", "--do_predict", "--test_file", str(test))
     assert not (tmp_path / "out").exists()
     model = ["--model_name_or_path", str(start), "--do_predict", "--test_file", data["pairs"], "--use_cpu"]
@@ -337,7 +504,7 @@ def test_yaml_and_command_line(start, data, tmp_path):
     config.write_text(f"model_name_or_path: {start}\nno_such_option: 1\n")
     broken = tmp_path / "broken.yaml"
     broken.write_text("a: [1\nb: }")
-    for options, message in (
+    for arguments, message in (
         (["--config", str(config)], "no_such_option"),
         (["--config", "missing.yaml"], "There is no file 'missing.yaml'"),
         (["--config=missing.yaml"], "There is no file 'missing.yaml'"),
@@ -348,16 +515,173 @@ def test_yaml_and_command_line(start, data, tmp_path):
         (["--model_name_or_path", "x", "--quantization_bit", "4", "--load_in_4bit"], "exclude each other"),
     ):
         with pytest.raises(SystemExit, match=message):
-            sft.main(options)
+            sft.main(arguments)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "training/configs").glob("*.yaml")), ids=lambda path: path.stem)
-def test_configurations_are_understood(path, tmp_path, monkeypatch):
-    """Each is read by its recipe, which then looks for its model."""
+def test_configurations_are_understood(path, data, tmp_path, monkeypatch):
+    """Each is read by its recipe, which reads the data, and then looks for its model."""
     recipe = {"pretrain": pretrain, "sft": sft, "lora": lora, "qlora": lora, "ptuning": ptuning}
+    recipe = recipe[path.stem.removeprefix("tiny_")]
+    file = data["texts" if recipe is pretrain else "pairs"]
+    options = ["--config", str(path), "--bf16", "false", "--use_cpu", "--train_file", file]
+    options += ["--validation_file", file] * path.stem.startswith("tiny")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(OSError, match="."):
-        recipe[path.stem.removeprefix("tiny_")].main(["--config", str(path), "--bf16", "false", "--use_cpu"])
+    with pytest.raises(OSError, match="connect to|build/tiny"):
+        recipe.main(options)
+
+
+@pytest.mark.parametrize("recipe", [pretrain, sft, lora, ptuning])
+def test_data_are_checked_before_the_model_is_loaded(recipe, start, data, tmp_path, monkeypatch):
+    """All files of a run; nothing is written."""
+    monkeypatch.setattr(options.checkpoint, "load", lambda *args, **kwargs: pytest.fail("the model is loaded"))
+    empty = tmp_path / "empty.json"
+    empty.write_text("[]")
+    good = data["texts" if recipe is pretrain else "pairs"]
+    for train, validation, message in (
+        ("nowhere.json", good, "There is no file nowhere.json"),
+        (good, "nowhere.json", "There is no file nowhere.json"),
+        (str(empty), good, "empty.json has no rows"),
+        (good, str(empty), "empty.json has no rows"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(recipe, start, data, tmp_path / "out", "--train_file", train, "--validation_file", validation)
+    if recipe is not pretrain:
+        with pytest.raises(ValueError, match="empty.json has no rows"):
+            run(recipe, start, data, tmp_path / "out", "--do_predict", "--test_file", str(empty))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--train_file", "nowhere.json"], "training.sft: There is no file nowhere.json."),
+        (["--train_file", "[]"], "has no rows."),
+        (["--train_file", '[{"prompt": 5, "response": "a"}]'], "Row 1 of the data cannot be read: prompt must be a text"),
+        (["--source_prefix", "x", "--foo"], "training.sft: --source_prefix is no option any more: Write it into the prompts."),
+    ],
+)  # fmt: skip
+def test_errors_are_one_line(options, message, start, tmp_path):
+    """Of the command, without a traceback."""
+    if options[1].startswith("["):
+        (tmp_path / "rows.json").write_text(options[1])
+        options = [options[0], str(tmp_path / "rows.json")]
+    command = [sys.executable, "-m", "training.sft", "--model_name_or_path", str(start), "--use_cpu", *options]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert message in result.stderr.strip().splitlines()[-1]
+
+
+def test_weight_that_is_missing_is_named(start, data, tmp_path):
+    """It would be random; that of the prefix that is trained may be missing, and a whole model may be random."""
+    base = Path(shutil.copytree(start, tmp_path / "base"))
+    weights = load_file(base / "model.safetensors")
+    del weights["transformer.encoder.final_layernorm.weight"]
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    for recipe in (sft, lora, ptuning, pretrain):
+        with pytest.raises(ValueError, match="lacks transformer.encoder.final_layernorm.weight, which would be random"):
+            run(recipe, base, data, tmp_path / "out")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "num_layers": "2"}))
+    with pytest.raises(ValueError, match="config.json: .*num_layers.*expected int, got str"):
+        run(sft, base, data, tmp_path / "out")
+
+
+def test_half_precision_is_not_trained_on_a_cpu(start, data, tmp_path, logs):
+    """Whose products of float16 are many times slower; unless it is asked for."""
+    half = Path(shutil.copytree(start, tmp_path / "half"))
+    save_file(
+        {k: v.half() for k, v in load_file(half / "model.safetensors").items()},
+        half / "model.safetensors",
+        {"format": "pt"},
+    )
+    config = json.loads((half / "config.json").read_text())
+    (half / "config.json").write_text(json.dumps({**config, "torch_dtype": "float16"}))
+    arguments = options.ModelArguments(str(half), dtype="auto")
+    expected = torch.float16 if torch.accelerator.is_available() else torch.float32
+    assert options.load(arguments)[0].dtype == expected
+    assert ("CPUs compute many times slower in float16" in logs.text) == (expected == torch.float32)
+    assert options.load(replace(arguments, dtype="float16"))[0].dtype == torch.float16
+    assert options.load(replace(arguments, model_name_or_path=None, config_name=str(half)))[0].dtype == expected
+
+
+# The published train.sh and evaluate.sh, whose data have these columns
+PUBLISHED = (
+    "--overwrite_cache --prompt_column content --response_column summary --overwrite_output_dir --max_source_length 64 "
+)
+TRAIN = PUBLISHED + (
+    "--do_train --preprocessing_num_workers 2 --max_target_length 128 --per_device_train_batch_size 1 "
+    "--per_device_eval_batch_size 1 --gradient_accumulation_steps 16 --predict_with_generate --max_steps 2 --logging_steps 10 "
+    "--save_steps 1000 --learning_rate 2e-2 --pre_seq_len 8 --quantization_bit 4"
+)
+EVALUATE = PUBLISHED + (
+    "--do_predict --max_target_length 64 --per_device_eval_batch_size 1 --predict_with_generate --pre_seq_len 8 "
+    "--quantization_bit 4"
+)
+
+
+def test_options_of_the_published_scripts(start, tmp_path):
+    rows = tmp_path / "rows.json"
+    rows.write_text("".join(json.dumps({"content": f"类型#{word}", "summary": word}) + "\n" for word in WORDS))
+    files = [
+        "--model_name_or_path",
+        str(start),
+        "--use_cpu",
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--validation_file",
+        str(rows),
+    ]
+    ptuning.main([*files, "--train_file", str(rows), *TRAIN.split()])
+    checkpoint = last_checkpoint(tmp_path / "out")
+    assert checkpoint.endswith("checkpoint-2")
+    test = ["--test_file", str(rows), "--ptuning_checkpoint", checkpoint, "--max_new_tokens", "3"]
+    ptuning.main([*files, *test, *EVALUATE.split()])
+    lines = (tmp_path / "out/generated_predictions.txt").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["labels"] for line in lines] == WORDS
+    assert last_checkpoint(tmp_path / "out") == checkpoint  # nothing is trained, and so nothing removed
+
+
+def test_options_that_are_gone_are_explained():
+    for option, value, message in (
+        ("--num_beams", "4", "--num_beams is no option any more: Answers are greedy."),
+        ("--val_max_target_length", "4", "The length of answers is --max_new_tokens"),
+        ("--evaluation_strategy", "steps", "It is called --eval_strategy"),
+        ("--made_up", "1", "There is no option --made_up. --help lists all options"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            sft.main(["--model_name_or_path", "x", option, value])
+    parser = TrlParser([options.ModelArguments, DataArguments, options.RecipeArguments])
+    known = {name for action in parser._actions for name in action.option_strings}
+    assert not {f"--{name}" for name in options.GONE} & known
+    with pytest.raises(SystemExit, match="Predictions are always generated"):
+        sft.main(["--model_name_or_path", "x", "--predict_with_generate", "false"])
+
+
+def test_prediction_without_references(start, tmp_path, capsys):
+    """Answers are written; only rows that have a response are scored."""
+    test = tmp_path / "test.json"
+    command = [
+        "--model_name_or_path",
+        str(start),
+        "--do_predict",
+        "--test_file",
+        str(test),
+        "--max_new_tokens",
+        "3",
+        "--use_cpu",
+    ]
+    for rows, scored in (
+        ([{"prompt": "a"}, {"prompt": "b"}], False),
+        ([{"messages": [{"role": "user", "content": "a"}]}, {"messages": [{"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]}], True),
+    ):  # fmt: skip
+        test.write_text(json.dumps(rows))
+        sft.main([*command, "--output_dir", str(tmp_path / "out")])
+        lines = [json.loads(line) for line in (tmp_path / "out/generated_predictions.txt").read_text().splitlines()]
+        assert [set(line) for line in lines] == [{"predict"}, {"labels", "predict"} if scored else {"predict"}]
+        results = json.loads((tmp_path / "out/predict_results.json").read_text())
+        assert results["predict_samples"] == 2 and ("predict_bleu-4" in results) == scored
+        assert f"{2 - scored} of 2 rows have no response, and are not scored" in capsys.readouterr().out
 
 
 def test_scores():

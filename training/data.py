@@ -1,45 +1,63 @@
 """
-From rows of data files to token ids and labels, as the fine-tuning script published with ChatGLM2-6B makes them.
+From rows of data to token ids and labels, as the fine-tuning script published with ChatGLM2-6B makes them.
 
 A row holds one of
 
 - a prompt, its response and, if a column is named for it, the history, a list of [query, answer]: the response is learned;
 - messages, as in `{"messages": [{"role": "user", "content": "..."}, ...]}`: every answer is learned;
 - a text, for pretraining.
+
+training/rows.py reads them.
 """
 
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from gzip import BadGzipFile
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from datasets import Dataset, load_dataset
+from datasets import Dataset, Features, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from transformers import DataCollatorForSeq2Seq
 from transformers.utils import logging
 
 from .objective import IGNORED, Sample, pack, to_batch
+from .rows import Columns, file_format, read_file, read_row, read_rows, to_rounds, unread
 
 
 logger = logging.get_logger(__name__)
 
-FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv"}
 # What became of a row
 WHOLE, CUT, EMPTY = "whole", "cut", "empty"
+TEXT = Value("string")
+ROUNDS = [[TEXT]]
+FORMS = {
+    "text": Features({"text": TEXT}),
+    "rounds": Features({"rounds": ROUNDS}),
+    "pair": Features({"query": TEXT, "response": TEXT, "history": ROUNDS}),
+}
+READER = 1  # to be raised when training/rows.py reads a file otherwise: rows are cached
 
 
 @dataclass
 class DataArguments:
     """Where the rows are, and how long they may be."""
 
-    train_file: str | None = field(default=None, metadata={"help": "JSON, JSONL or CSV, also compressed (.gz)."})
+    train_file: str | None = field(
+        default=None, metadata={"help": "JSON, JSONL, CSV or TSV, also compressed (.gz), or Parquet."}
+    )
     validation_file: str | None = field(default=None, metadata={"help": "For the loss and perplexity held out."})
-    test_file: str | None = field(default=None, metadata={"help": "For generation, ROUGE and BLEU (--do_predict)."})
+    test_file: str | None = field(
+        default=None, metadata={"help": "To answer (--do_predict), and for ROUGE and BLEU where it has responses."}
+    )
     dataset_name: str | None = field(default=None, metadata={"help": "On the Hub, or a folder, instead of files."})
     dataset_config_name: str | None = None
     prompt_column: str = "prompt"
+    input_column: str | None = field(
+        default=None, metadata={"help": "Added to the prompt on a line of its own, as Alpaca's `input` is by default."}
+    )
     response_column: str = "response"
     history_column: str | None = field(
         default=None, metadata={"help": "With the rounds before, a list of [query, answer]."}
@@ -55,11 +73,15 @@ class DataArguments:
     max_eval_samples: int | None = None
     max_predict_samples: int | None = None
     preprocessing_num_workers: int | None = None
+    overwrite_cache: bool = field(default=False, metadata={"help": "Read and encode the data anew."})
 
     def __post_init__(self):
         for name in ("max_source_length", "max_target_length"):
             if getattr(self, name) < 8:
                 raise ValueError(f"{name} must be at least 8 tokens, got {getattr(self, name)}.")
+        for name in ("max_train_samples", "max_eval_samples", "max_predict_samples"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.dataset_name and self.train_file:
             raise ValueError("Both a dataset_name and a train_file are given; leave one of them out.")
 
@@ -69,55 +91,80 @@ class DataArguments:
         return self.max_source_length + self.max_target_length + 1
 
 
-def read(args: DataArguments, split: str, limit: int | None = None) -> Dataset:
+def read(args: DataArguments, split: str, limit: int | None = None, documents: bool = False) -> Dataset:
     """
+    Returns rows in one of the forms of training/rows.py.
+
     Args:
-        split: "train", "validation" or "test".
+        split: "train", "validation" or "test". Rows of "test" need no response.
         limit: Rows to read, the first ones.
+        documents: Whether they are texts (`text_column`) rather than dialogues.
 
     Raises:
-        ValueError: if there is no such data, it is not UTF-8, not in its format, or without rows.
+        ValueError: if there is no such data, it is not UTF-8 or not in its format, is without rows or without a column, or
+            a row cannot be read.
     """
     path = getattr(args, f"{split}_file")
     if path is None and args.dataset_name:
         rows = load_dataset(args.dataset_name, args.dataset_config_name, split=split)
+        columns, form = choose_columns(args, rows.column_names, split == "test", documents)
+        chosen = rows.select(range(min(limit or len(rows), len(rows))))
+        options = dict(fn_kwargs={"columns": columns}, features=FORMS[form], remove_columns=rows.column_names)
+        found = chosen.map(read_row, with_indices=True, load_from_cache_file=not args.overwrite_cache, **options)
     elif path is None:
         raise ValueError(f"There is no data for this: give a --{split}_file, or a --dataset_name with that split.")
     else:
-        suffixes = [suffix for suffix in FORMATS if path.removesuffix(".gz").endswith(suffix)]
-        if not suffixes:
-            raise ValueError(f"Data files are {', '.join(FORMATS)}, also with .gz, got {path!r}.")
-        if not count_lines(path):
+        file_format(path)
+        first = next(read_file(path), None)
+        if first is None:
             raise ValueError(f"{path} has no rows.")
+        columns, form = choose_columns(args, list(first), split == "test", documents)
+        state = Path(path).stat()
+        identity = (READER, state.st_size, state.st_mtime_ns, time.time_ns() if args.overwrite_cache else 0)
+        options = {"path": str(Path(path).resolve()), "columns": columns, "limit": limit, "identity": identity}
         try:
-            rows = load_dataset(FORMATS[suffixes[0]], data_files={split: path}, split=split)
+            found = Dataset.from_generator(read_rows, features=FORMS[form], gen_kwargs=options)
         except DatasetGenerationError as error:
-            reason = error.__cause__ or error
-            raise ValueError(f"{path} cannot be read as {FORMATS[suffixes[0]].upper()}: {reason}") from error
-    if not len(rows):
+            raise ValueError(str(error.__cause__ or error)) from None
+    if not len(found):
         raise ValueError(f"{path or args.dataset_name} has no rows.")
-    return rows if limit is None else rows.select(range(min(limit, len(rows))))
+    return found
 
 
-def count_lines(path: str) -> int:
+def choose_columns(args: DataArguments, found: list[str], is_test: bool, documents: bool) -> tuple[Columns, str]:
     """
-    Returns the number of lines that are not blank.
+    Returns which columns are read, and the form of the rows that they give.
 
     Raises:
-        ValueError: if it is not UTF-8, which the reader of JSON would fill with replacements, or damaged.
+        ValueError: if a column is missing.
     """
-    import fsspec
-
-    count, number = 0, 0
-    try:
-        with fsspec.open(path, "rb", compression="infer") as file:
-            for number, line in enumerate(file, start=1):
-                count += bool(line.decode().strip())
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 in line {number} ({error.reason}). Convert it first.") from error
-    except (EOFError, BadGzipFile) as error:
-        raise ValueError(f"{path} is damaged after line {number}: {error}") from error
-    return count
+    if documents:
+        check_columns(found, [args.text_column])
+        return Columns(text=args.text_column), "text"
+    system = "system" if "system" in found else None
+    is_sharegpt = "conversations" in found and args.prompt_column not in found
+    if args.messages_column in found or is_sharegpt:
+        name = args.messages_column if args.messages_column in found else "conversations"
+        columns, form = Columns(messages=name, system=system), "rounds"
+    else:
+        names = [args.prompt_column, args.response_column, args.history_column, args.input_column]
+        if names == ["prompt", "response", None, None] and "prompt" not in found and "instruction" in found:
+            names = ["instruction", "output", "history" if "history" in found else None, None]
+        prompt, response, history, added = names
+        if prompt == "instruction" and added is None and "input" in found:
+            added = "input"
+        if is_test and response not in found:
+            response = None
+        check_columns(found, [name for name in (prompt, response, history, added) if name])
+        system = system if prompt == "instruction" else None
+        columns, form = Columns(None, None, prompt, added, response, history, system), "pair"
+    if columns != Columns(prompt="prompt", response="response"):
+        logger.warning(f"Read are the columns {', '.join(name for name in columns if name)}.")
+    if left := unread(found, columns):
+        logger.warning(
+            f"Not read are the columns {', '.join(left)}: name a column to read with --history_column or --input_column."
+        )
+    return columns, form
 
 
 class Example(NamedTuple):
@@ -164,21 +211,29 @@ def encode_response(tokenizer, query: str, response: str, history: Sequence, arg
 
 
 def encode_dialogue(tokenizer, messages: list[dict], args: DataArguments) -> Example:
+    """`encode_rounds` of messages with roles."""
+    return encode_rounds(tokenizer, to_rounds(messages), args)
+
+
+def encode_rounds(tokenizer, rounds: list[list], args: DataArguments) -> Example:
     """
     All rounds in one, as `chat` leaves them in its cache, where an answer is not followed by `</s>` but by the next
     round. Its answers are learned, and `</s>` after each. Rounds that do not fit are left out.
+
+    Args:
+        rounds: [query, answer] each; a last query without an answer (None) is left out.
     """
     ids, labels = list(tokenizer.get_prefix_tokens()), [IGNORED] * 2
     outcome, last = EMPTY, IGNORED
-    for i, (query, answer) in enumerate(to_rounds(messages), start=1):
+    history, text = [], ""  # what is encoded so far
+    for i, (query, answer) in enumerate(rounds, start=1):
+        if answer is None:
+            break
         if not query.strip() or not answer.strip():
             outcome = CUT if i > 1 else EMPTY
             break
-        prompt = f"[Round {i}]\n\n问：{query}\n\n答："
-        if i == 1:
-            source = tokenizer.encode(prompt, add_special_tokens=False)
-        else:
-            source = tokenizer.encode("\n\n" + prompt, add_special_tokens=False)[1:]  # without the dummy space
+        prompt = tokenizer.build_prompt(query, history)
+        source = tokenizer.encode(prompt[len(text) :], add_special_tokens=False)[int(i > 1) :]  # one dummy space in all
         target = tokenizer.encode(answer, add_special_tokens=False)
         room = args.max_length - len(ids) - len(source) - 1
         if len(target) > room and (i > 1 or room < 8):
@@ -189,72 +244,37 @@ def encode_dialogue(tokenizer, messages: list[dict], args: DataArguments) -> Exa
         outcome, last = WHOLE, tokenizer.eos_token_id
         if len(target) > room:
             return Example(ids, labels, CUT)
+        history, text = [*history, (query, answer)], prompt + answer
     if last == IGNORED:
         return Example([], [], EMPTY)
     return Example(ids + [last], labels + [last], outcome)
-
-
-def to_rounds(messages: list[dict]) -> list[tuple[str, str]]:
-    """Rounds of (query, answer). A system message begins the first query, as in the chat template."""
-    turns = [(message["role"], as_text(message["content"])) for message in messages]
-    system = turns.pop(0)[1] if turns and turns[0][0] == "system" else ""
-    roles = [role for role, _ in turns]
-    if roles != ["user", "assistant"] * (len(roles) // 2) + ["user"] * (len(roles) % 2):
-        raise ValueError(f"After a system message, if any, user and assistant must alternate, got the roles {roles}.")
-    contents = [content for _, content in turns]
-    rounds = list(zip(contents[::2], contents[1::2]))  # without a last query that nobody answers
-    if rounds and system:
-        rounds[0] = (system + rounds[0][0], rounds[0][1])
-    return rounds
-
-
-def as_text(value) -> str:
-    """
-    Raises:
-        ValueError: if a column holds something else than texts.
-    """
-    if not isinstance(value, str | None):
-        raise ValueError(f"a text is expected, got {str(value)[:60]!r}.")
-    return value or ""
-
-
-def round_reader(rows: Dataset, args: DataArguments):
-    """
-    Returns what reads (query, response, history) from a row; of messages, the last round and those before.
-
-    Raises:
-        ValueError: if a column is missing.
-    """
-    if args.messages_column in rows.column_names:
-
-        def read_round(row: dict) -> tuple:
-            rounds = to_rounds(row[args.messages_column]) or [("", "")]
-            return *rounds[-1], rounds[:-1]
-
-        return read_round
-    check_columns(rows, [args.prompt_column, args.response_column] + [args.history_column] * bool(args.history_column))
-    return lambda row: (
-        as_text(row[args.prompt_column]),
-        as_text(row[args.response_column]),
-        row[args.history_column] if args.history_column else [],
-    )
 
 
 def encode(rows: Dataset, tokenizer, args: DataArguments) -> Dataset:
     """
     Returns rows of `input_ids` and `labels` to learn answers from, and says how many rows were empty or had to be cut.
 
+    Args:
+        rows: As `read` returns them.
+
     Raises:
-        ValueError: if a column is missing, or nothing is left.
+        ValueError: if nothing is left.
     """
-    read_round = round_reader(rows, args)
 
     def encode_row(row: dict) -> dict:
-        if args.messages_column in row:
-            return encode_dialogue(tokenizer, row[args.messages_column], args)._asdict()
-        return encode_response(tokenizer, *read_round(row), args)._asdict()
+        if "rounds" in row:
+            return encode_rounds(tokenizer, row["rounds"], args)._asdict()
+        return encode_response(tokenizer, row["query"], row["response"], row["history"], args)._asdict()
 
     return keep_what_can_be_learned(mapped(rows, encode_row, args), f"{args.max_length} tokens")
+
+
+def to_answer(row: dict) -> tuple[str, str | None, list]:
+    """Returns the query of a row to answer, the response to compare with (None if it has none) and the rounds before."""
+    if "rounds" in row:
+        *history, (query, response) = row["rounds"] or [["", None]]
+        return query, response, history
+    return row["query"], row["response"], row["history"]
 
 
 def encode_texts(rows: Dataset, tokenizer, args: DataArguments, max_length: int) -> Dataset:
@@ -262,10 +282,9 @@ def encode_texts(rows: Dataset, tokenizer, args: DataArguments, max_length: int)
     Returns rows for the mixed objective: `input_ids`, a document without special tokens, or a piece of one that is longer
     than `max_length`; and `ends`, whether the document ends there.
     """
-    check_columns(rows, [args.text_column])
 
     def encode_row(row: dict) -> dict:
-        ids = tokenizer.encode(as_text(row[args.text_column]), add_special_tokens=False)
+        ids = tokenizer.encode(row["text"], add_special_tokens=False)
         return {"input_ids": ids, "outcome": WHOLE if ids else EMPTY}
 
     def cut(batch: dict[str, list]) -> dict[str, list]:
@@ -277,7 +296,8 @@ def encode_texts(rows: Dataset, tokenizer, args: DataArguments, max_length: int)
         return dict(zip(("input_ids", "ends"), map(list, zip(*pieces))))
 
     documents = keep_what_can_be_learned(mapped(rows, encode_row, args))
-    pieces = documents.map(cut, batched=True, num_proc=args.preprocessing_num_workers, desc="Cutting")
+    options = dict(num_proc=args.preprocessing_num_workers, load_from_cache_file=not args.overwrite_cache)
+    pieces = documents.map(cut, batched=True, desc="Cutting", **options)
     if len(pieces) > len(documents):
         logger.warning(
             f"Documents of more than {max_length:,} tokens are cut: {len(documents):,} into {len(pieces):,}."
@@ -285,26 +305,18 @@ def encode_texts(rows: Dataset, tokenizer, args: DataArguments, max_length: int)
     return pieces
 
 
-def check_columns(rows: Dataset, columns: list[str]):
-    missing = [column for column in columns if column not in rows.column_names]
+def check_columns(found: list[str], wanted: list[str]):
+    missing = [column for column in wanted if column not in found]
     if missing:
         raise ValueError(
-            f"There is no column {', '.join(missing)} in the data; there are {', '.join(rows.column_names)}. "
-            "Name those to read with --prompt_column, --response_column, --history_column, --messages_column or --text_column."
+            f"There is no column {', '.join(missing)} in the data; there are {', '.join(found)}. Name those to read with "
+            "--prompt_column, --response_column, --history_column, --input_column, --messages_column or --text_column."
         )
 
 
 def mapped(rows: Dataset, function, args: DataArguments) -> Dataset:
-    def with_its_number(row: dict, number: int):
-        try:
-            return function(row)
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"Row {number + 1} of the data cannot be read: {error}") from error
-
-    workers = args.preprocessing_num_workers
-    return rows.map(
-        with_its_number, with_indices=True, remove_columns=rows.column_names, num_proc=workers, desc="Encoding"
-    )
+    options = dict(num_proc=args.preprocessing_num_workers, load_from_cache_file=not args.overwrite_cache)
+    return rows.map(function, remove_columns=rows.column_names, desc="Encoding", **options)
 
 
 def keep_what_can_be_learned(rows: Dataset, limit: str = "") -> Dataset:

@@ -14,9 +14,12 @@ from peft import get_peft_model, prepare_model_for_kbit_training
 from transformers import set_seed
 from trl import get_peft_config
 
+from common.errors import plain_errors
+
 from .data import DataArguments
 from .options import ModelArguments, RecipeArguments, load, parse
-from .sft import fine_tune
+from .sft import fine_tune, read_splits
+from .trainer import output_folder
 
 
 @dataclass
@@ -38,15 +41,18 @@ def main(argv=None):
         raise ValueError(
             "Nothing is trained that could answer: merge the adapter (conversion.merge_lora), and run training.sft."
         )
-    set_seed(args.seed)
-    model, tokenizer = load(model_args)
-    if model_args.load_in_4bit or model_args.load_in_8bit:
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=args.gradient_checkpointing)
-    elif args.gradient_checkpointing:
-        model.enable_input_require_grads()
-    model = get_peft_model(model, get_peft_config(model_args))
-    fine_tune(model, tokenizer, model_args, data_args, args)
+    splits = read_splits(model_args, data_args, args)
+    with output_folder(args):
+        set_seed(args.seed)
+        model, tokenizer = load(model_args)
+        if model_args.load_in_4bit or model_args.load_in_8bit:
+            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=args.gradient_checkpointing)
+        elif args.gradient_checkpointing:
+            model.enable_input_require_grads()
+        model = get_peft_model(model, get_peft_config(model_args))
+        fine_tune(model, tokenizer, splits, model_args, data_args, args)
 
 
 if __name__ == "__main__":
-    main()
+    with plain_errors("training"):
+        main()

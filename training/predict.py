@@ -1,10 +1,13 @@
 """Answers to the prompts of a test file, and their ROUGE and BLEU as the published script computes them."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
+
+from common.files import write_json
 
 from .data import DataArguments, encode_prompt
 
@@ -15,7 +18,7 @@ def predict(model, tokenizer, rounds: list[tuple], data_args: DataArguments, arg
     `predict_results.json`, both in `args.output_dir`.
 
     Args:
-        rounds: (query, response, history), each.
+        rounds: (query, response, history), each; only those that have a response, which is not None, are scored.
     """
     prompts = [encode_prompt(tokenizer, query, history, data_args.max_source_length)[0] for query, _, history in rounds]
     answers = generate(model, tokenizer, prompts, args.per_device_eval_batch_size, args.max_new_tokens)
@@ -24,10 +27,14 @@ def predict(model, tokenizer, rounds: list[tuple], data_args: DataArguments, arg
     output.mkdir(parents=True, exist_ok=True)
     with open(output / "generated_predictions.txt", "w", encoding="utf-8") as file:
         for reference, answer in zip(references, answers):
-            file.write(json.dumps({"labels": reference, "predict": answer}, ensure_ascii=False) + "\n")
-    scores = score(answers, references)
+            labels = {} if reference is None else {"labels": reference}
+            file.write(json.dumps({**labels, "predict": answer}, ensure_ascii=False) + "\n")
+    pairs = [(answer, reference) for answer, reference in zip(answers, references) if reference is not None]
+    scores = score(*zip(*pairs)) if pairs else {}
     metrics = {f"predict_{name}": value for name, value in scores.items()} | {"predict_samples": len(answers)}
-    (output / "predict_results.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    if len(pairs) < len(answers):
+        print(f"{len(answers) - len(pairs):,} of {len(answers):,} rows have no response, and are not scored.")
+    write_json(output / "predict_results.json", metrics)
     print("\n".join(f"{name} = {value}" for name, value in metrics.items()))
     return metrics
 
@@ -51,7 +58,7 @@ def generate(model, tokenizer, prompts: list[list[int]], batch_size: int, max_ne
     return answers
 
 
-def score(answers: list[str], references: list[str]) -> dict[str, float]:
+def score(answers: Sequence[str], references: Sequence[str]) -> dict[str, float]:
     """
     Returns the means of the F scores of ROUGE-1, ROUGE-2 and ROUGE-L over jieba's words, and of BLEU-4 over characters
     (smoothing 3 of Chen and Cherry 2014), all in percent.

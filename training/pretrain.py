@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 import torch
 from transformers import set_seed
 
+from common.errors import plain_errors
+
 from .data import DataArguments, encode_texts, read
 from .objective import MixedObjective
 from .options import ModelArguments, RecipeArguments, load, parse
-from .trainer import RecipeTrainer, SetEpoch, evaluate, train
+from .trainer import RecipeTrainer, SetEpoch, evaluate, output_folder, train
 
 
 @dataclass
@@ -47,8 +49,20 @@ class Documents(torch.utils.data.Dataset):
 
 def main(argv=None):
     model_args, data_args, args = parse(__doc__, ModelArguments, ObjectiveArguments, RecipeArguments, args=argv)
-    set_seed(args.seed)
-    model, tokenizer = load(model_args)
+    model_args.check_trainable("all weights")
+    splits = {}
+    for split, limit in (("train", data_args.max_train_samples), ("validation", data_args.max_eval_samples)):
+        if split == "train" or data_args.validation_file or args.do_eval:
+            with args.main_process_first():
+                splits[split] = read(data_args, split, limit, documents=True)
+    with output_folder(args):
+        set_seed(args.seed)
+        model, tokenizer = load(model_args)
+        pretrain(model, tokenizer, splits, model_args, data_args, args)
+
+
+def pretrain(model, tokenizer, splits, model_args, data_args: ObjectiveArguments, args: RecipeArguments):
+    """Trains on the documents of `splits`, and evaluates on those held out if there are any."""
     collator = MixedObjective(
         tokenizer,
         data_args.block_size,
@@ -61,12 +75,11 @@ def main(argv=None):
         data_args.bidirectional,
     )
     data = {}
-    for split, limit in (("train", data_args.max_train_samples), ("validation", data_args.max_eval_samples)):
-        if split == "train" or data_args.validation_file or args.do_eval:
-            with args.main_process_first():
-                # A row has three tokens more, of which two begin it.
-                rows = encode_texts(read(data_args, split, limit), tokenizer, data_args, data_args.block_size - 3)
-                data[split] = Documents(rows, args.seed)
+    for split, documents in splits.items():
+        with args.main_process_first():
+            # A row has three tokens more, of which two begin it.
+            rows = encode_texts(documents, tokenizer, data_args, data_args.block_size - 3)
+            data[split] = Documents(rows, args.seed)
     args.remove_unused_columns = False  # the seed is for the collator
     trainer = RecipeTrainer(
         model=model,
@@ -83,4 +96,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    with plain_errors("training"):
+        main()

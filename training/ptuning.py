@@ -15,11 +15,13 @@ from transformers import set_seed
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import WEIGHTS_NAME
 
+from common.errors import plain_errors
+from common.prefix import PREFIX, load_prefix
+
 from .data import DataArguments
 from .options import ModelArguments, RecipeArguments, load, parse
-from .prefix import PREFIX, load_prefix
-from .sft import fine_tune
-from .trainer import RecipeTrainer
+from .sft import fine_tune, read_splits
+from .trainer import RecipeTrainer, output_folder
 
 
 @dataclass
@@ -52,16 +54,19 @@ def main(argv=None):
     model_args, data_args, args = parse(__doc__, PrefixArguments, DataArguments, RecipeArguments, args=argv)
     if args.do_predict and not (args.do_train or data_args.train_file or model_args.ptuning_checkpoint):
         raise ValueError("Nothing is trained that could answer: give a --train_file or a --ptuning_checkpoint.")
-    set_seed(args.seed)
-    config = dict(pre_seq_len=model_args.pre_seq_len, prefix_projection=model_args.prefix_projection)
-    model, tokenizer = load(model_args, **config)
-    model.transformer.prefix_encoder.float()  # the rest stays as it is loaded, as in the published script
-    if model_args.ptuning_checkpoint:
-        load_prefix(model, model_args.ptuning_checkpoint)
-    if args.gradient_checkpointing:
-        model.enable_input_require_grads()
-    fine_tune(model, tokenizer, model_args, data_args, args, PrefixTrainer)
+    splits = read_splits(model_args, data_args, args)
+    with output_folder(args):
+        set_seed(args.seed)
+        config = dict(pre_seq_len=model_args.pre_seq_len, prefix_projection=model_args.prefix_projection)
+        model, tokenizer = load(model_args, may_lack=("prefix_encoder",), **config)
+        model.transformer.prefix_encoder.float()  # the rest stays as it is loaded, as in the published script
+        if model_args.ptuning_checkpoint:
+            load_prefix(model, model_args.ptuning_checkpoint)
+        if args.gradient_checkpointing:
+            model.enable_input_require_grads()
+        fine_tune(model, tokenizer, splits, model_args, data_args, args, PrefixTrainer)
 
 
 if __name__ == "__main__":
-    main()
+    with plain_errors("training"):
+        main()

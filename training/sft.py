@@ -8,41 +8,58 @@ Rows hold `prompt`, `response` and, with `--history_column`, earlier rounds; or 
 
 from transformers import set_seed
 
-from .data import DataArguments, collator, encode, read, round_reader
+from common.errors import plain_errors
+
+from .data import DataArguments, collator, encode, read, to_answer
 from .options import ModelArguments, RecipeArguments, load, parse
 from .predict import predict
-from .trainer import RecipeTrainer, evaluate, train
+from .trainer import RecipeTrainer, evaluate, output_folder, train
 
 
-def fine_tune(
-    model, tokenizer, model_args, data_args: DataArguments, args: RecipeArguments, trainer_class=RecipeTrainer
-):
+def read_splits(model_args: ModelArguments, data_args: DataArguments, args: RecipeArguments) -> dict:
     """
-    Trains, evaluates and predicts, as far as there is data for it: what sft, lora and ptuning have in common.
+    Returns the rows of what is asked for: "train", "validation", "test".
 
     Raises:
-        ValueError: before any work, if data are missing or of another form.
+        ValueError: if data are missing or of another form, or something is asked for that cannot be done with them.
     """
     if args.do_predict and (args.fsdp or args.deepspeed or model_args.fsdp_size):
         raise ValueError(
             "--do_predict does not work on a model that is divided: give it to a run of its own, on what is saved."
         )
-    splits = {"train": data_args.max_train_samples, "validation": data_args.max_eval_samples}
     wanted = {
         "train": args.do_train
         or data_args.train_file
         or (not args.do_predict and (data_args.dataset_name or not args.do_eval)),
         "validation": data_args.validation_file or args.do_eval,
+        "test": args.do_predict,
     }
+    limits = {
+        "train": data_args.max_train_samples,
+        "validation": data_args.max_eval_samples,
+        "test": data_args.max_predict_samples,
+    }
+    with args.main_process_first():
+        return {split: read(data_args, split, limit) for split, limit in limits.items() if wanted[split]}
+
+
+def fine_tune(
+    model, tokenizer, splits, model_args, data_args: DataArguments, args: RecipeArguments, trainer_class=RecipeTrainer
+):
+    """
+    Trains, evaluates and predicts, as far as there is data for it: what sft, lora and ptuning have in common.
+
+    Args:
+        splits: As `read_splits` returns them.
+
+    Raises:
+        ValueError: before any work, if nothing can be learned from the data.
+    """
     data = {}
-    for split, limit in splits.items():
-        if wanted[split]:
+    for split in ("train", "validation"):
+        if split in splits:
             with args.main_process_first():
-                data[split] = encode(read(data_args, split, limit), tokenizer, data_args)
-    if args.do_predict:
-        rows = read(data_args, "test", data_args.max_predict_samples)
-        read_round = round_reader(rows, data_args)
-        test = [read_round(row) for row in rows]
+                data[split] = encode(splits[split], tokenizer, data_args)
     trainer = trainer_class(
         model=model,
         args=args,
@@ -55,16 +72,21 @@ def fine_tune(
         train(trainer, model_args, data_args)
     if "validation" in data:
         evaluate(trainer)
-    if args.do_predict and args.should_save:
-        predict(trainer.model, tokenizer, test, data_args, args)
+    if "test" in splits and args.should_save:
+        predict(trainer.model, tokenizer, [to_answer(row) for row in splits["test"]], data_args, args)
 
 
 def main(argv=None):
     model_args, data_args, args = parse(__doc__, ModelArguments, DataArguments, RecipeArguments, args=argv)
-    set_seed(args.seed)
-    model, tokenizer = load(model_args)
-    fine_tune(model, tokenizer, model_args, data_args, args)
+    splits = read_splits(model_args, data_args, args)
+    if "train" in splits:
+        model_args.check_trainable("all weights")
+    with output_folder(args):
+        set_seed(args.seed)
+        model, tokenizer = load(model_args)
+        fine_tune(model, tokenizer, splits, model_args, data_args, args)
 
 
 if __name__ == "__main__":
-    main()
+    with plain_errors("training"):
+        main()

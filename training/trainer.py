@@ -1,17 +1,21 @@
 """What the recipes share: a Trainer that stops in time and loses nothing, and the run of one, from data to report."""
 
-import hashlib
 import json
 import math
-import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from transformers import Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
+
+from common.files import only_run, read_json, write_json
+from common.settings import check_settings, rows_fingerprint, weights_fingerprint
 
 from .objective import IGNORED
 
@@ -24,11 +28,31 @@ SETTINGS = (
     "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "neftune_noise_alpha", "optim", "optim_args", "weight_decay", "adam_beta1",
     "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing_factor", "bf16", "fp16", "seed", "data_seed",
 )  # fmt: skip
-NOT_LEARNED = ("validation_file", "test_file", "max_eval_samples", "max_predict_samples", "preprocessing_num_workers")
+NOT_LEARNED = (
+    "validation_file", "test_file", "max_eval_samples", "max_predict_samples", "preprocessing_num_workers", "overwrite_cache",
+)  # fmt: skip
 
 
 class RecipeTrainer(Trainer):
     """The Trainer, which stops at the first loss that is not finite and leaves no checkpoint half-written."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.label_smoother is not None:
+            # The Trainer's shifts labels only for classes that Transformers has.
+            self.label_smoother, self.compute_loss_func = None, self.smoothed_loss
+
+    def smoothed_loss(self, outputs, labels: torch.LongTensor, num_items_in_batch=None) -> torch.Tensor:
+        """Cross entropy of the next tokens, smoothed by `label_smoothing_factor` in training but not on held-out data."""
+        labels = labels[:, 1:].flatten()
+        total = torch.nn.functional.cross_entropy(
+            outputs["logits"][:, :-1].flatten(0, 1).float(),
+            labels,
+            ignore_index=IGNORED,
+            label_smoothing=self.args.label_smoothing_factor if self.model.training else 0.0,
+            reduction="sum",
+        )
+        return total / ((labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch)
 
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)
@@ -89,43 +113,92 @@ class SetEpoch(TrainerCallback):
 
 def last_checkpoint(output_dir: str) -> str | None:
     """Returns the newest checkpoint that is whole: `trainer_state.json` is what the Trainer writes last."""
-    states = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/trainer_state.json")
-    folders = [path.parent for path in states if read_json(path) is not None]
+    states = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")
+    folders = [path.parent for path in states if is_whole(path)]
     return str(max(folders, key=lambda folder: int(folder.name.split("-")[-1]))) if folders else None
 
 
-def read_json(path: Path) -> dict | None:
-    """Returns what the file holds; None if it is missing or was cut short."""
+def is_whole(path: Path) -> bool:
+    """Whether a file of JSON was not cut short."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+        return bool(read_json(path))
+    except ValueError:
+        return False
+
+
+@contextmanager
+def output_folder(args) -> Iterator[None]:
+    """
+    Keeps the output folder to this run.
+
+    Raises:
+        ValueError: if another run writes there, or --resume_from_checkpoint names no checkpoint.
+    """
+    checkpoint_to_resume(args)
+    with only_run(Path(args.output_dir), "--output_dir") if args.should_save else nullcontext():
+        yield
+
+
+def checkpoint_to_resume(args) -> str | None:
+    """
+    Returns the checkpoint to go on from: by default the last one in the output folder, if there is one.
+
+    Raises:
+        ValueError: if --resume_from_checkpoint names none.
+    """
+    last, given = last_checkpoint(args.output_dir), args.resume_from_checkpoint
+    wanted = {"true": True, "false": False}.get(str(given).lower(), given)
+    if args.overwrite_output_dir:
+        if wanted:
+            raise ValueError("--resume_from_checkpoint and --overwrite_output_dir exclude each other.")
         return None
-
-
-def fingerprint(rows) -> str:
-    """Of up to 1000 rows of the data, evenly spread, and their number."""
-    chosen = [rows[i] for i in range(0, len(rows), max(1, len(rows) // 1000))]
-    return hashlib.sha256(json.dumps([len(rows), chosen]).encode()).hexdigest()[:16]
-
-
-def check_settings(path: Path, settings: dict):
-    """Raises ValueError if the run that is to be gone on with was started with others."""
-    old = read_json(path)
-    if old is None:
+    if wanted is None:
+        return last
+    if wanted is False:
+        if last:
+            raise ValueError(
+                f"{last} is there: to start anew, add --overwrite_output_dir or choose another --output_dir."
+            )
+        return None
+    if wanted is True:
+        if not last:
+            raise ValueError(f"There is no checkpoint in {args.output_dir} to resume from (--resume_from_checkpoint).")
+        return last
+    # The output folder has that file, too, but not the optimizer's state.
+    if not (Path(wanted).name.startswith(PREFIX_CHECKPOINT_DIR) and is_whole(Path(wanted, TRAINER_STATE_NAME))):
         raise ValueError(
-            f"{path.parent} holds checkpoints, and no settings.json that says how they were made: choose another --output_dir."
+            f"--resume_from_checkpoint: {wanted} is no folder {PREFIX_CHECKPOINT_DIR}-N with a {TRAINER_STATE_NAME}. Name "
+            "one, or leave the option out to go on from the last one in the output folder."
         )
-    differ = [
-        f"{name} {old.get(group, {}).get(name)!r}, now {value!r}"
-        for group in settings
-        for name, value in settings[group].items()
-        if old.get(group, {}).get(name) != value
-    ]
-    if differ:
-        raise ValueError(
-            f"{path.parent} holds a run with other settings: {'; '.join(differ)}. Go on with those, or choose another "
-            "--output_dir to start anew."
-        )
+    return wanted
+
+
+def remove_checkpoints(args, model_args):
+    """For --overwrite_output_dir. Raises ValueError if one of them is what the run starts from."""
+    folders = list(Path(args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
+    for name in ("model_name_or_path", "ptuning_checkpoint"):
+        value = getattr(model_args, name, None)
+        if value and any(Path(value).resolve().is_relative_to(folder.resolve()) for folder in folders):
+            raise ValueError(
+                f"--overwrite_output_dir would remove {value} (--{name}), which this run starts from. Choose another "
+                "--output_dir."
+            )
+    for folder in folders:
+        shutil.rmtree(folder)
+    if folders:
+        logger.warning(f"{len(folders)} checkpoints in {args.output_dir} are removed (--overwrite_output_dir).")
+
+
+class Finished(Exception):
+    """The checkpoint that was loaded is that of the last step."""
+
+
+class StopIfFinished(TrainerCallback):
+    """The Trainer would make one more step from the checkpoint of the last one."""
+
+    def on_train_begin(self, args, state, control, **kwargs):  # after model and state are loaded
+        if state.global_step >= state.max_steps:
+            raise Finished
 
 
 def train(trainer: Trainer, model_args, data_args):
@@ -146,28 +219,31 @@ def train(trainer: Trainer, model_args, data_args):
             "(training.lora, training.ptuning), or dequantize() the model first."
         )
     logger.warning(f"{trainable:,} of {sum(size for size, _ in sizes):,} parameters are trained.")
+    name = model_args.model_name_or_path
     settings = {
-        "model": asdict(model_args),
+        "model": asdict(model_args) | {"weights": weights_fingerprint(name) if name else []},
         "data": {name: value for name, value in asdict(data_args).items() if name not in NOT_LEARNED}
-        | {"rows": fingerprint(trainer.train_dataset)},
+        | {"rows": rows_fingerprint(trainer.train_dataset)},
         "training": {name: getattr(args, name) for name in SETTINGS},
     }
     settings = json.loads(json.dumps(settings, default=str))
-    checkpoint = args.resume_from_checkpoint or last_checkpoint(args.output_dir)
+    checkpoint = checkpoint_to_resume(args)
     if checkpoint:
-        check_settings(Path(checkpoint).parent / "settings.json", settings)
+        check_settings(Path(checkpoint).parent / "settings.json", settings, "--output_dir")
         logger.warning(f"Going on from {checkpoint}.")
     if args.should_save:
-        path = Path(args.output_dir, "settings.json")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(part, path)
-    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+        if args.overwrite_output_dir:
+            remove_checkpoints(args, model_args)
+        write_json(Path(args.output_dir, "settings.json"), settings)
+    trainer.add_callback(StopIfFinished)
+    try:
+        metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+        trainer.log_metrics("train", metrics)
+        trainer.save_metrics("train", metrics)
+    except Finished:
+        logger.warning(f"The run is finished: {checkpoint} is of its last step. Its model is saved again.")
     trainer.save_model()
     trainer.save_state()
-    trainer.log_metrics("train", metrics)
-    trainer.save_metrics("train", metrics)
     if args.should_save:
         plot_curve(trainer.state.log_history, Path(args.output_dir, "curve.png"))
 

@@ -1,0 +1,47 @@
+"""How a command ends: with one line instead of a traceback where the error is the user's to mend."""
+
+import signal
+import sys
+import threading
+from contextlib import contextmanager
+
+from safetensors import SafetensorError
+
+
+@contextmanager
+def plain_errors(extra: str):
+    """
+    For a command: an expected error ends it with its message on one line and exit code 1. SIGTERM and SIGHUP end it as
+    Ctrl-C does, so that what is unfinished is removed.
+
+    Args:
+        extra: The extra of setup.cfg that brings the packages that the command needs.
+    """
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGTERM", "SIGHUP"):  # SIGHUP is not on Windows; one that nohup ignores stays ignored
+            if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) is signal.SIG_DFL:
+                signal.signal(getattr(signal, name), end)
+    try:
+        yield
+    except (ValueError, OSError, MemoryError, FloatingPointError, SafetensorError) as error:
+        raise SystemExit(one_line(error)) from error
+    except ImportError as error:
+        raise SystemExit(f"{one_line(error)}. pip install -e '.[{extra}]'") from error
+    except KeyboardInterrupt:
+        raise SystemExit(128 + signal.SIGINT) from None
+
+
+def end(number: int, frame):
+    """A signal handler: ends the program by an exception, after which `finally` runs."""
+    raise SystemExit(128 + number)
+
+
+def one_line(error: Exception) -> str:
+    """Returns the message of an error on one line, after the name of the program."""
+    return f"{program_name()}: {' '.join(str(error).split()) or type(error).__name__}"
+
+
+def program_name() -> str:
+    """`conversion.to_glm`, say, as it is typed after `python -m`."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec.name if spec is not None else "error"

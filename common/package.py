@@ -1,0 +1,25 @@
+"""Where this package's own files are, and which of them a checkpoint's folder carries."""
+
+import shutil
+from pathlib import Path
+
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ROOT / "checkpoints/tiny"
+CODE = ("*_chatglm.py", "quantization*.py")
+# For checkpoints that lack them, as the published one does
+DEFAULTS = ("tokenizer_config.json", "generation_config.json", "chat_template.jinja")
+
+
+def product(name: str):
+    """Returns a class of this package, `module.Class`, whatever code lies in a checkpoint's folder."""
+    return get_class_from_dynamic_module(name, str(ROOT))
+
+
+def copy_code(folder: Path):
+    """Copies the code, and the small files of `DEFAULTS`, into a checkpoint's folder."""
+    for pattern in (*CODE, *DEFAULTS):
+        for path in ROOT.glob(pattern):
+            shutil.copy(path, folder)
