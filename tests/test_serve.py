@@ -19,9 +19,15 @@ from conftest import ROOT, TINY
 openai = pytest.importorskip("openai")
 pytest.importorskip("fastapi")
 psutil = pytest.importorskip("psutil")
-pytest.importorskip("transformers.cli.serving.completion", reason="the library's server is this one since 5.23")
+pytest.importorskip("prometheus_client")
 
-from examples import serve  # noqa: E402
+from examples import http_guard  # noqa: E402
+from serving import __main__ as main  # noqa: E402
+from serving import generation  # noqa: E402
+from serving.prefix_cache import PrefixCache  # noqa: E402
+from serving.server import Defaults, Service, build_app  # noqa: E402
+from serving.shapes import Token  # noqa: E402
+from serving.text import TextBuilder  # noqa: E402
 
 
 pytestmark = pytest.mark.xdist_group("serve")  # the tests share their servers
@@ -34,7 +40,7 @@ class Server:
     """A server in a process of its own, at any free port."""
 
     def __init__(self, *args):
-        command = [sys.executable, "-m", "examples.serve", "--port", "0", *args]
+        command = [sys.executable, "-m", "serving", "--port", "0", *args]
         self.process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         self.said = []
         while not (found := re.search(r" at http://(.*):(\d+)$", line := self.process.stdout.readline())):
@@ -71,6 +77,7 @@ class Server:
     def stop(self):
         self.process.terminate()
         self.process.wait(30)
+        assert "Traceback" not in "".join(self.said)
 
 
 @pytest.fixture(scope="module", params=[[], ["--continuous-batching"]], ids=["one_by_one", "continuous_batching"])
