@@ -21,7 +21,7 @@ web: .venv/installed-web
 	@.venv/bin/python -m examples.web_chat --model "$(MODEL)" $(CHAT_OPTIONS) $(ARGS)
 
 serve: .venv/installed-serve
-	@.venv/bin/python -m examples.serve --model "$(MODEL)" $(CHAT_OPTIONS) $(ARGS)
+	@.venv/bin/python -m serving --model "$(MODEL)" $(CHAT_OPTIONS) $(ARGS)
 
 test: .venv/installed-test
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadgroup $(ARGS)

@@ -73,10 +73,13 @@ def parse(model: type[BaseModel], body: bytes) -> BaseModel:
 def explain(error: dict) -> ApiError:
     """Returns pydantic's error in words."""
     where, kind, context = "", error["type"], error.get("ctx", {})
-    for part in error["loc"]:
+    for part in (*error["loc"], *([context["name"]] if kind == "unsupported" else [])):
         where += f"[{part}]" if isinstance(part, int) else f".{part}" if where else str(part)
     name = f"'{where}'" if where else "the request"
     given = str(error["input"])[:60]
+    if kind == "unsupported":
+        message = f"Unsupported parameter: {name}. This server cannot do what it asks for: leave it out."
+        return ApiError(400, message, where, "unsupported_parameter")
     if kind == "missing":
         return ApiError(400, f"Missing required parameter: {name}.", where, "missing_required_parameter")
     if kind == "value_error":
@@ -87,7 +90,7 @@ def explain(error: dict) -> ApiError:
     for limit, words in LIMITS.items():
         if limit in context:
             value = f"{context[limit]:g}" if isinstance(context[limit], float) else context[limit]
-            message = f"must be {words.format(value)}, got {context.get('actual_length', given)}"
+            message = f"must be {words.format(value)}, got {len(error['input']) if 'length' in limit else given}"
             return ApiError(400, f"Invalid value for {name}: {message}.", where, "invalid_value")
     expected = TYPES.get(kind.removesuffix("_type"))
     if expected:

@@ -70,6 +70,18 @@ def listen(host: str, port: int) -> socket.socket:
         ) from None
 
 
+def configuration(app) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        http=Connection,
+        ws="none",
+        log_level="warning",
+        proxy_headers=False,
+        timeout_keep_alive=SECONDS,
+        timeout_graceful_shutdown=3,
+    )
+
+
 class Server(uvicorn.Server):
     """Calls `on_exit` when it is told to stop, before it waits for the requests in progress."""
 
@@ -93,11 +105,7 @@ def run(app, listener: socket.socket, name: str, args: argparse.Namespace, on_ex
         print(f"Anyone who can reach {args.host} can use this server: consider --api-key.", file=sys.stderr)
     host = f"[{args.host}]" if ":" in args.host else args.host
     print(f"{name} at http://{host}:{listener.getsockname()[1]}", flush=True)
-    app = guarded(app, args.api_key, args.max_body, args.allowed_hosts, args.cors)
-    config = uvicorn.Config(
-        app, http=Connection, ws="none", log_level="warning", proxy_headers=False, timeout_keep_alive=SECONDS,
-        timeout_graceful_shutdown=3,
-    )  # fmt: skip
+    config = configuration(guarded(app, args.api_key, args.max_body, args.allowed_hosts, args.cors))
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises the signal again after it has stopped
         Server(config, on_exit).run(sockets=[listener])
 

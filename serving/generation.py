@@ -10,7 +10,7 @@ import functools
 import importlib.util
 import threading
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -335,7 +335,8 @@ class Grammars:
         Raises:
             RuntimeError: If the schema is not one that xgrammar can follow.
         """
-        return self.compiler.compile_json_schema('{"type": "object"}' if schema is None else schema)
+        # Without free white space, of which a model may write nothing but.
+        return self.compiler.compile_json_schema(schema or '{"type": "object"}', any_whitespace=False)
 
 
 # All at once

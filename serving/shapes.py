@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from examples.http_errors import ApiError, type_of
 
@@ -53,8 +54,7 @@ class Shape(BaseModel, extra="allow", strict=True):
         for name, value in self.model_extra.items():
             accepted = WITHOUT_EFFECT.get(name, [])
             if value and accepted is not ANY and value not in accepted:
-                message = f"Unsupported parameter: '{name}'. This server cannot do what it asks for: leave it out."
-                raise ApiError(400, message, name, "unsupported_parameter")
+                raise PydanticCustomError("unsupported", "unsupported", {"name": name})
         return self
 
 

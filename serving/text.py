@@ -28,8 +28,10 @@ class TextBuilder:
         text = self.decode(self.start, len(self.ids))
         if text.endswith("\ufffd"):  # the rest of a character may follow
             return "", []
-        self.text += text[len(self.decode(self.start, self.end)) :]
-        self.start, self.end = self.end, len(self.ids)
+        new = text[len(self.decode(self.start, self.end)) :]
+        self.text += new
+        # A window of tokens without text would lose the space that the next one begins with.
+        self.start, self.end = self.end if new else self.start, len(self.ids)
         found = min((self.text.index(stop) for stop in self.stops if stop in self.text), default=None)
         if found is not None:
             self.is_stopped = True
