@@ -91,6 +91,8 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig, frame):
         self.on_exit()
+        for connection in list(Connection.idle):
+            asyncio.get_running_loop().call_soon_threadsafe(connection.transport.abort)
         super().handle_exit(sig, frame)
 
 
@@ -201,6 +203,8 @@ class Guard:
                 await self.run_while_connected(body, scope, receive, send)
             finally:
                 self.requests -= 1
+        except (asyncio.CancelledError, ConnectionResetError):
+            pass  # the server's time is up, or the client is gone
         finally:
             if connection is not None:
                 connection.wait()
@@ -232,6 +236,8 @@ class Guard:
         parts, length, more = [], 0, True
         while more and length <= 16 * self.max_body:
             message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ConnectionResetError
             length += len(message.get("body", b""))
             if length <= self.max_body:
                 parts.append(message.get("body", b""))

@@ -31,6 +31,8 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+from examples.http_errors import ApiError
+
 from .prefix_cache import PrefixCache
 from .shapes import Token
 
@@ -229,7 +231,7 @@ class OneByOne(Engine):
         if sampling.grammar is not None:
             from xgrammar.contrib.hf import LogitsProcessor as GrammarLogitsProcessor
 
-            processors.append(GrammarLogitsProcessor(sampling.grammar))
+            processors += [GrammarLogitsProcessor(sampling.grammar), Satisfiable()]
         options = dict(do_sample=False)
         if not sampling.is_greedy:
             options = dict(do_sample=True, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k)
@@ -295,6 +297,15 @@ class Penalties(LogitsProcessor):
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         counts = torch.bincount(input_ids[0, self.prompt_length :], minlength=scores.shape[-1])
         return scores - self.frequency * counts - self.presence * (counts > 0)
+
+
+class Satisfiable(LogitsProcessor):
+    """Sees that a grammar has left a token to choose: a schema may ask for what no text can be."""
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        if not torch.isfinite(scores).any():
+            raise ApiError(400, "No text follows the schema.", "response_format", "invalid_value")
+        return scores
 
 
 def score(logprobs: torch.Tensor, id: int, alternatives: int) -> Token:

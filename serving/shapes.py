@@ -94,6 +94,8 @@ def prompts_of(value: Any) -> Any:
         raise ValueError(
             f"must be a text, a list of texts, a list of token ids, or a list of those, not {type_of(value)}"
         )
+    if len(value) > MAX_CHOICES:
+        raise ValueError(f"at most {MAX_CHOICES} prompts at once, got {len(value)}")
     for prompt in value:
         is_ids = isinstance(prompt, list) and prompt and all(type(token) is int for token in prompt)
         if not (isinstance(prompt, str) or is_ids):

@@ -1,6 +1,7 @@
 """`make serve`: OpenAI's API on the small model, asked by OpenAI's client, in both modes, and by clients that misbehave."""
 
 import asyncio
+import collections
 import http.client
 import json
 import re
@@ -435,6 +436,9 @@ def test_json(one_by_one):
     bad = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "no such type"}}}
     with pytest.raises(openai.BadRequestError, match="cannot be followed"):
         one_by_one.ask(response_format=bad)
+    endless = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"$ref": "#"}}}
+    with pytest.raises(openai.BadRequestError, match="No text follows the schema"):
+        one_by_one.ask(response_format=endless)
     with pytest.raises(openai.BadRequestError, match="'json_schema' is missing"):
         one_by_one.ask(response_format={"type": "json_schema"})
 
@@ -555,6 +559,7 @@ def test_bad_requests(one_by_one, options, param, code, message):
         ({"prompt": [8064]}, "token ids outside 0 to 8063"),
         ({"prompt": [-1]}, "token ids outside 0 to 8063"),
         ({"prompt": [36] * 2048}, "your prompt have 2048 tokens"),
+        ({"prompt": [[1]] * 200}, "at most 128 prompts at once, got 200"),
         ({"prompt": ["a"] * 20, "n": 20}, "at most 128 answers at once"),
         ({"prompt": "a", "max_tokens": 0}, "only with echo=true"),
         ({"prompt": "a", "best_of": 3}, "'best_of'"),
@@ -857,9 +862,13 @@ def test_the_end(how, mode):
         whole = pool.submit(server.post, json.dumps(body).encode())
         stream = server.send("POST", "/v1/chat/completions", json.dumps({**body, "stream": True}).encode(), **JSON)
         assert stream.read(100)
+        half = socket.create_connection((server.host, server.port))
+        half.sendall(b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\nhalf")
+        time.sleep(0.2)
         start = time.monotonic()
         server.stop(how)
         assert time.monotonic() - start < 10
+        half.close()
         *_, last, done, _ = stream.read().decode().split("\n\n")
         assert done == "data: [DONE]" and "shutting down" in last
         status, answer = whole.result()
@@ -964,16 +973,19 @@ def test_names_of_other_hosts_are_refused(server):
 def test_metrics_and_documentation(server):
     from prometheus_client.parser import text_string_to_metric_families
 
-    def read() -> dict:
+    def read() -> collections.Counter:
         text = server.send("GET", "/metrics").read().decode()
         families = text_string_to_metric_families(text)
-        return {(s.name, s.labels.get("path")): s.value for f in families for s in f.samples if "le" not in s.labels}
+values = collections.Counter()  # of all statuses together
+        for sample in (sample for family in families for sample in family.samples if "le" not in sample.labels):
+            values[sample.name, sample.labels.get("path")] += sample.value
+        return values
 
     before = read()
     usage = server.ask("你好").usage
     server.post(b"{}", "/made/up")
     after = read()
-    grown = {name: after[name] - before.get(name, 0) for name in after}
+    grown = {name: after[name] - before[name] for name in after}
     assert grown["chatglm_requests_total", "/v1/chat/completions"] == 1
     assert grown["chatglm_prompt_tokens_total", None] == usage.prompt_tokens
     assert grown["chatglm_answer_tokens_total", None] == usage.completion_tokens
