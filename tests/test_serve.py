@@ -976,7 +976,7 @@ def test_metrics_and_documentation(server):
     def read() -> collections.Counter:
         text = server.send("GET", "/metrics").read().decode()
         families = text_string_to_metric_families(text)
-values = collections.Counter()  # of all statuses together
+        values = collections.Counter()  # of all statuses together
         for sample in (sample for family in families for sample in family.samples if "le" not in sample.labels):
             values[sample.name, sample.labels.get("path")] += sample.value
         return values
