@@ -21,7 +21,7 @@ from examples.http_errors import INTERNAL, ApiError, answer_errors, parse
 
 from .generation import Engine, Grammars, Sampling, Started, eos_ids
 from .metrics import CountRequests, Metrics
-from .shapes import ChatAnswer, ChatRequest, Piece, SamplingRequest, TextAnswer, TextRequest, Usage
+from .shapes import ChatAnswer, ChatRequest, Piece, SamplingRequest, TextAnswer, TextRequest, Token, Usage
 from .text import TextBuilder, token_bytes
 
 
@@ -290,6 +290,7 @@ class Service:
         # A text goes on where its prompt ends; a chat's answer begins by itself.
         before = prompt if isinstance(job.request, TextRequest) else ()
         builder, reason = TextBuilder(self.tokenizer, job.request.stop, before), "length"
+        end: list[Token] = []
         async with aclosing(self.engine.tokens(prompt, sampling)) as tokens:
             async for token in tokens:
                 if isinstance(token, Started):
@@ -302,6 +303,7 @@ class Service:
                 job.usage.completion_tokens += 1
                 if token.id in self.eos:
                     reason = "stop"
+                    end = [token]
                     break
                 text, certain = builder.add(token)
                 if builder.is_stopped:
@@ -310,7 +312,7 @@ class Service:
                 if text or certain:
                     yield Piece(index, text, certain)
         text, rest = builder.finish()
-        yield Piece(index, text, rest, reason)
+        yield Piece(index, text, rest + end, reason)
 
     def stop(self):
         """Ends the answers in progress, with an error that says why. May be called from a signal handler."""
@@ -355,6 +357,14 @@ def build_app(service: Service) -> FastAPI:
     async def model(name: str):
         service.check_model(name)
         return service.models()[0]
+
+    @app.post("/load_model", include_in_schema=False)
+    async def load_model(request: Request):
+        """`transformers chat` asks for this first. The model is there already, and no other can be loaded."""
+        service.check_model(str((await request.json()).get("model", "")))
+        return StreamingResponse(
+            iter(['data: {"status": "ready", "cached": true}\n\n']), media_type="text/event-stream"
+        )
 
     @app.get("/health")
     async def health():

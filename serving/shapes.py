@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic_core import PydanticCustomError, from_json
 
 from examples.http_errors import ApiError, type_of
 
@@ -103,6 +103,21 @@ def prompts_of(value: Any) -> Any:
     return value
 
 
+def from_generation_config(data: Any) -> Any:
+    """Returns a request of `transformers chat`, which says how to generate in a text of its own, as one of OpenAI's."""
+    if not isinstance(data, dict) or not isinstance(data.get("generation_config"), str):
+        return data
+    try:
+        config = dict(from_json(data["generation_config"]))
+    except (ValueError, TypeError):
+        raise ValueError("generation_config must be a text of JSON") from None
+    config = {name: value for name, value in config.items() if not name.startswith(("_", "transformers_"))}
+    if config.pop("do_sample", None) is False:
+        config["temperature"] = 0
+    config["max_tokens"] = config.pop("max_new_tokens", None)
+    return {**{name: value for name, value in data.items() if name != "generation_config"}, **config}
+
+
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 
 
@@ -154,6 +169,8 @@ class SamplingRequest(Shape):
 
 
 class ChatRequest(SamplingRequest):
+    read_generation_config = model_validator(mode="before")(from_generation_config)
+
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     continue_final_message: bool = False

@@ -301,6 +301,19 @@ def test_least_temperature(server, answer, stream):
     assert text == answer("你好")
 
 
+def test_generation_config(server):
+    """By which `transformers chat` says how to generate."""
+    from transformers import GenerationConfig
+
+    config = GenerationConfig(do_sample=False, max_new_tokens=4).to_json_string()
+    completion = server.ask("你好", temperature=1.5, extra_body={"generation_config": config})
+    assert completion.choices[0].message.content == server.ask("你好", max_tokens=4).choices[0].message.content
+    with pytest.raises(openai.BadRequestError, match="'num_beams'"):
+        server.ask("你好", extra_body={"generation_config": GenerationConfig(num_beams=4).to_json_string()})
+    with pytest.raises(openai.BadRequestError, match="generation_config must be a text of JSON"):
+        server.ask("你好", extra_body={"generation_config": "nonsense"})
+
+
 def test_n_answers(server):
     options = {"n": 3, "temperature": 1.5, "max_tokens": 20} | ({} if server.batching else {"seed": 1})
     completion = server.ask("Tell me a story.", **options)
@@ -381,6 +394,10 @@ def test_logprobs_of_a_prompt(one_by_one, model, tiny_tokenizer):
     assert logprobs.token_logprobs[1:-1] == pytest.approx(expected[range(len(ids) - 1), ids[1:]].tolist(), abs=1e-3)
     assert max(logprobs.top_logprobs[5].values()) == pytest.approx(float(expected[4].max()), abs=1e-3)
     assert len(logprobs.tokens) == len(ids) + 1 == len(logprobs.text_offset)
+    ends = tiny_tokenizer("你好！")["input_ids"]  # with </s>: it counts as a token, too
+    assert one_by_one.complete(ends, max_tokens=1).choices[0].text == ""
+    logprobs_at_end = one_by_one.complete(ends, echo=True, logprobs=1, max_tokens=1).choices[0].logprobs
+    assert logprobs_at_end.tokens[-1] == "</s>" and len(logprobs_at_end.tokens) == len(ends) + 1
     nothing_new = one_by_one.complete(ids, echo=True, logprobs=2, max_tokens=0)
     assert nothing_new.choices[0].logprobs.token_logprobs == logprobs.token_logprobs[:-1]
     assert nothing_new.usage.completion_tokens == 0
@@ -531,7 +548,6 @@ IMAGE = [{"type": "image_url", "image_url": {"url": "x"}}]
             "is 2048 tokens",
         ),
         ({"messages": [{"role": "user", "content": "x" * 900_000}]}, "messages", "context_length_exceeded", "at least"),
-        ({"extra_body": {"generation_config": "{}"}}, "generation_config", "unsupported_parameter", "leave it out"),
         ({"extra_body": {"use_beam_search": True}}, "use_beam_search", "unsupported_parameter", "leave it out"),
         ({"tools": [TOOL]}, "tools", "unsupported_parameter", "'tools'"),
         ({"tool_choice": "required"}, "tool_choice", "unsupported_parameter", "'tool_choice'"),
@@ -652,7 +668,8 @@ def test_bodies_that_are_too_large(server):
 
 
 def test_other_paths(server):
-    for path in ("/load_model", "/reset", "/v1/responses", "/v1/audio/transcriptions", "/nothing"):
+    assert server.post(b'{"model": "someone/else"}', "/load_model")[0] == 404
+    for path in ("/reset", "/v1/responses", "/v1/audio/transcriptions", "/nothing"):
         status, answer = server.post(b'{"model": "someone/else"}', path)
         assert status == 404 and path in answer["error"]["message"]
     assert server.send("GET", "/v1/completions").status == 405
