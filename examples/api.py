@@ -4,29 +4,34 @@ The first-party project's API: one address that answers one question.
     python -m examples.api                              # the small model, at http://127.0.0.1:8000
     curl http://127.0.0.1:8000 -H "Content-Type: application/json" -d '{"prompt": "你好", "history": []}'
 
-Gives {"response", "history", "status": 200, "time"}. Questions are answered one after the other; one whose client has gone is
-no longer worked on. For OpenAI's API see examples/serve.py.
+Gives {"response", "history", "status": 200, "time"}. Questions are answered one after the other; the work for a client that has
+gone ends. For OpenAI's API see the folder serving/.
 """
 
 import argparse
 import asyncio
 import datetime
 from contextlib import aclosing
-from typing import Annotated
 
-from fastapi import FastAPI, HTTPException, Request
-from pydantic import BaseModel, Field, ValidationError
+from fastapi import FastAPI, Request
+from pydantic import BaseModel, Field
 
-from examples.http_guard import add_server_options, answer_errors, check_unicode, listen, run, what_is_invalid
+from examples.http_errors import ApiError, answer_errors, parse
+from examples.http_guard import add_server_options, listen, run
 from examples.load_model import add_model_options, iterate_in_threads, load_model
 
 
+# As published, what is null, missing or 0 has these values.
+DEFAULTS = {"max_length": 2048, "top_p": 0.7, "temperature": 0.95}
+
+
 class Question(BaseModel):
-    prompt: Annotated[str, check_unicode] = Field(min_length=1)
-    history: list[tuple[Annotated[str, check_unicode], Annotated[str, check_unicode]]] | None = None
-    max_length: int | None = Field(2048, ge=1, le=1 << 20)
-    top_p: float | None = Field(0.7, gt=0, le=1, allow_inf_nan=False)
-    temperature: float | None = Field(0.95, ge=0, le=100, allow_inf_nan=False)
+    prompt: str
+    history: list[tuple[str, str]] | None = None
+    max_length: int | None = Field(None, ge=0)
+    top_p: float | None = Field(None, ge=0, le=1)
+    temperature: float | None = Field(None, ge=0, le=100)
+    stream: bool | None = None
 
 
 class Answer(BaseModel):
@@ -46,13 +51,10 @@ def build_app(model, tokenizer) -> FastAPI:
 
     @app.post("/", openapi_extra={"requestBody": body})
     async def create_item(request: Request) -> Answer:
-        try:
-            question = Question.model_validate_json(await request.body())
-        except ValidationError as error:
-            raise HTTPException(400, what_is_invalid(error.errors())) from None
-        # What is null is as if it were not there.
-        options = Question(prompt="-").model_dump(include={"max_length", "top_p", "temperature"})
-        options |= question.model_dump(include=set(options), exclude_none=True)
+        question = parse(Question, await request.body())
+        if question.stream:
+            raise ApiError(400, "stream: this API answers as a whole. python -m serving can stream.", "stream")
+        options = {name: getattr(question, name) or default for name, default in DEFAULTS.items()}
         async with one_at_a_time:
             stream = model.stream_chat(tokenizer, question.prompt, question.history, **options)
             try:
@@ -60,7 +62,7 @@ def build_app(model, tokenizer) -> FastAPI:
                     async for response, history in answers:
                         pass
             except ValueError as error:  # a question that is too long, say
-                raise HTTPException(400, str(error)) from None
+                raise ApiError(400, str(error)) from None
         return Answer(response=response, history=history, time=f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}")
 
     return app

@@ -1,28 +1,35 @@
 """
-What stands between a server's application and its clients, as one ASGI middleware: an API key, a limit for the size of
-requests, and an end to the work for clients that have gone.
+What stands between a server's application and its clients: who may ask, how large and how slow requests may be, and an end to
+the work for clients that have gone.
 
-Errors are JSON as OpenAI's API has them: {"error": {"message": ..., "type": ..., "param": null, "code": null}}.
+`Guard` is an ASGI middleware, `Connection` uvicorn's HTTP/1.1 with time limits, and `run` starts both.
 """
 
 import argparse
 import asyncio
+import contextlib
+import ipaddress
 import os
 import secrets
 import socket
 import sys
+from collections.abc import Callable
+from contextvars import ContextVar
 
 import uvicorn
-from fastapi import FastAPI, HTTPException
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
-from pydantic import AfterValidator
-from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import JSONResponse
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from examples.http_errors import error_response
 from examples.load_model import at_least
 
 
-MAX_CONNECTIONS = 512  # more are answered with 503
+SECONDS = 30  # for the headers of a request, for its body, and between requests
+SECONDS_TO_READ = 60  # for a client to take what is sent to it
+MAX_IDLE = 400  # connections without a whole request: when there are more, the oldest is closed
+MAX_REQUESTS = 500  # at once: more are answered with 503. Both together stay below the usual limit of 1,024 open files
+OPEN_PATHS = ("/health", "/docs", "/openapi.json")  # no API key needed
 
 
 def add_server_options(parser: argparse.ArgumentParser, port: int):
@@ -39,6 +46,16 @@ def add_server_options(parser: argparse.ArgumentParser, port: int):
     parser.add_argument(
         "--api-key", default=os.environ.get("API_KEY"), help="that clients have to send (default: $API_KEY, or none)"
     )
+    parser.add_argument(
+        "--allowed-hosts",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="names by which clients may call this server, besides localhost and IP addresses; '*': any",
+    )
+    parser.add_argument(
+        "--cors", nargs="+", default=[], metavar="ORIGIN", help="web pages that may use this server; '*': any"
+    )
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -53,111 +70,182 @@ def listen(host: str, port: int) -> socket.socket:
         ) from None
 
 
-def run(app, listener: socket.socket, name: str, args: argparse.Namespace):
-    """Serves until interrupted; with --port 0 the address says which port it is."""
+def configuration(app) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        http=Connection,
+        ws="none",
+        log_level="warning",
+        proxy_headers=False,
+        timeout_keep_alive=SECONDS,
+        timeout_graceful_shutdown=3,
+    )
+
+
+class Server(uvicorn.Server):
+    """Calls `on_exit` when it is told to stop, before it waits for the requests in progress."""
+
+    def __init__(self, config: uvicorn.Config, on_exit: Callable):
+        super().__init__(config)
+        self.on_exit = on_exit
+
+    def handle_exit(self, sig, frame):
+        self.on_exit()
+        for connection in list(Connection.idle):
+            asyncio.get_running_loop().call_soon_threadsafe(connection.transport.abort)
+        super().handle_exit(sig, frame)
+
+
+def run(app, listener: socket.socket, name: str, args: argparse.Namespace, on_exit: Callable = lambda: None):
+    """
+    Serves until interrupted; with --port 0 the address says which port it is.
+
+    Args:
+        on_exit: Called by the handler of SIGINT and SIGTERM. Requests have 3 seconds to end after it.
+    """
     if args.host not in ("127.0.0.1", "localhost", "::1") and not args.api_key:
         print(f"Anyone who can reach {args.host} can use this server: consider --api-key.", file=sys.stderr)
     host = f"[{args.host}]" if ":" in args.host else args.host
     print(f"{name} at http://{host}:{listener.getsockname()[1]}", flush=True)
-    guarded = Guard(app, args.api_key, args.max_body)
-    config = uvicorn.Config(
-        guarded, log_level="warning", limit_concurrency=MAX_CONNECTIONS, timeout_graceful_shutdown=3
-    )
-    uvicorn.Server(config).run(sockets=[listener])
+    config = configuration(guarded(app, args.api_key, args.max_body, args.allowed_hosts, args.cors))
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises the signal again after it has stopped
+        Server(config, on_exit).run(sockets=[listener])
 
 
-INTERNAL = "Internal error. The server's log says more."
+class Connection(H11Protocol):
+    """
+    uvicorn's HTTP/1.1. A connection without a whole request is closed after `SECONDS`, and earlier if there are more than
+    `MAX_IDLE` of them and it is the oldest.
+    """
+
+    current: ContextVar["Connection | None"] = ContextVar("connection", default=None)  # of the request in hand
+    idle: dict["Connection", asyncio.TimerHandle] = {}  # the oldest first
+    is_lost = False
+
+    def connection_made(self, transport: asyncio.Transport):
+        super().connection_made(transport)
+        self.wait()
+
+    def data_received(self, data: bytes):
+        self.current.set(self)  # the application runs in a task that starts here, and inherits it
+        super().data_received(data)
+
+    def connection_lost(self, error: Exception | None):
+        self.is_busy()
+        self.is_lost = True
+        super().connection_lost(error)
+
+    def wait(self, seconds: float = SECONDS):
+        """From now on a request, or the rest of one, is waited for."""
+        self.is_busy()
+        if self.is_lost:
+            return
+        self.idle[self] = asyncio.get_running_loop().call_later(seconds, self.transport.abort)
+        if len(self.idle) > MAX_IDLE:
+            next(iter(self.idle)).transport.abort()
+
+    def is_busy(self):
+        """A whole request is there."""
+        if timer := self.idle.pop(self, None):
+            timer.cancel()
 
 
-def error_body(status: int, message: str) -> dict:
-    kind = "server_error" if status >= 500 else "invalid_request_error"
-    return {"error": {"message": message, "type": kind, "param": None, "code": None}}
-
-
-def error_response(status: int, message: str, headers: dict | None = None) -> JSONResponse:
-    return JSONResponse(error_body(status, message), status_code=status, headers=headers)
-
-
-def answer_errors(app: FastAPI):
-    """Has all errors answered in JSON, without what the server alone should know."""
-
-    @app.exception_handler(StarletteHTTPException)
-    async def http_error(request, error: HTTPException):
-        return error_response(error.status_code, str(error.detail), error.headers)
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request, error: RequestValidationError):
-        if "json" not in request.headers.get("content-type", ""):
-            return error_response(415, "The body must be JSON, and say so: Content-Type: application/json.")
-        return error_response(400, what_is_invalid(error.errors()))
-
-    @app.exception_handler(Exception)  # Starlette raises it again for the server's log
-    async def unexpected(request, error: Exception):
-        return error_response(500, INTERNAL)
-
-
-def what_is_invalid(errors: list[dict]) -> str:
-    """Returns pydantic's errors as a line."""
-    lines = []
-    for error in errors[:3]:
-        where = ".".join(str(part) for part in error["loc"] if part != "body") or "The request's body"
-        if error["type"] == "json_invalid":
-            reason = error["ctx"]["error"]
-            more = "" if reason in error["msg"] else f" ({reason})"
-        else:
-            more = "" if isinstance(error["input"], (dict, list)) else f", got {str(error['input'])[:60]!a}"
-        lines.append(f"{where}: {error['msg']}{more}")
-    return "; ".join(lines)
-
-
-# JSON can have halves of surrogate pairs, which are no characters: str.encode raises a ValueError.
-check_unicode = AfterValidator(lambda text: text.encode().decode())
+def guarded(app, api_key: str | None, max_body: int, allowed_hosts=(), cors=()):
+    """Puts a `Guard` before the application and, before that, answers to browsers that ask what other sites' pages may."""
+    app = Guard(app, api_key, max_body, allowed_hosts)
+    if cors:
+        app = CORSMiddleware(app, allow_origins=list(cors), allow_methods=["*"], allow_headers=["*"])
+    return app
 
 
 class Guard:
     """
     Args:
         app: The ASGI application.
-        api_key: What clients have to send as `Authorization: Bearer ...`, except to `/health`. None: nothing.
+        api_key: What clients have to send as `Authorization: Bearer ...`, except to `OPEN_PATHS`. None: nothing.
         max_body: Bytes of a request's body.
+        allowed_hosts: Names that the Host header may have, besides localhost and IP addresses. A page of another site
+            whose name was made to lead here (DNS rebinding) has another. "*": any.
     """
 
-    def __init__(self, app, api_key: str | None = None, max_body: int = 1 << 20):
-        self.app, self.api_key, self.max_body = app, api_key, max_body
+    def __init__(self, app, api_key: str | None = None, max_body: int = 1 << 20, allowed_hosts=()):
+        self.app, self.api_key, self.max_body, self.allowed_hosts = app, api_key, max_body, set(allowed_hosts)
+        self.requests = 0
 
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        # Clients cannot choose the ids of their requests: two with the same would get each other's answers.
-        scope["headers"] = [(name, value) for name, value in scope["headers"] if name != b"x-request-id"]
-        headers = dict(scope["headers"])
-        if scope["path"] != "/health" and not self.is_allowed(headers.get(b"authorization", b"")):
-            response = error_response(401, "The API key is missing or wrong.", {"WWW-Authenticate": "Bearer"})
-            return await response(scope, receive, send)
-        body = await self.read_body(receive)
-        if body is None:
-            message = f"The request's body is larger than {self.max_body} bytes."
-            return await error_response(413, message, {"Connection": "close"})(scope, receive, send)
-        await self.run_while_connected(body, scope, receive, send)
+        connection = Connection.current.get()
+        # A trailing slash makes no difference, and HEAD is GET, of whose answer uvicorn leaves out the body.
+        method = "GET" if scope["method"] == "HEAD" else scope["method"]
+        scope = {**scope, "method": method, "path": scope["path"].rstrip("/") or "/"}
+        try:
+            if (refusal := self.refuse(scope)) is not None:
+                return await refusal(scope, receive, send)
+            if connection is not None:
+                connection.wait(2 * SECONDS)  # longer than below, so that there is time for an answer
+            try:
+                async with asyncio.timeout(SECONDS):
+                    body = await self.read_body(receive)
+            except TimeoutError:
+                message = f"The request's body did not arrive within {SECONDS} seconds."
+                return await error_response(408, message, {"Connection": "close"})(scope, receive, send)
+            if body is None:
+                message = f"The request's body is larger than {self.max_body} bytes (--max-body)."
+                return await error_response(413, message, {"Connection": "close"})(scope, receive, send)
+            if connection is not None:
+                connection.is_busy()
+            if self.requests >= MAX_REQUESTS:
+                message = f"The server is busy with {MAX_REQUESTS} requests: try again later."
+                return await error_response(503, message, {"Retry-After": "5"})(scope, receive, send)
+            self.requests += 1
+            try:
+                await self.run_while_connected(body, scope, receive, send)
+            finally:
+                self.requests -= 1
+        except (asyncio.CancelledError, ConnectionResetError):
+            pass  # the server's time is up, or the client is gone
+        finally:
+            if connection is not None:
+                connection.wait()
 
-    def is_allowed(self, authorization: bytes) -> bool:
-        if not self.api_key:
+    def refuse(self, scope) -> JSONResponse | None:
+        headers = dict(scope["headers"])
+        host = headers.get(b"host", b"localhost").decode("latin-1")
+        if not self.is_allowed_host(host):
+            message = f"The name {host[:100]!r} is not one of this server's: start it with --allowed-hosts NAME."
+            return error_response(403, message)
+        if self.api_key and scope["path"] not in OPEN_PATHS:
+            scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+            if scheme.lower() != b"bearer" or not secrets.compare_digest(key.strip(), self.api_key.encode()):
+                message = "The API key is missing or wrong. Send it as a header: Authorization: Bearer KEY."
+                return error_response(401, message, {"WWW-Authenticate": "Bearer"}, code="invalid_api_key")
+        return None
+
+    def is_allowed_host(self, host: str) -> bool:
+        name, port = host.rsplit(":", 1) if host.rpartition(":")[2].isdigit() else (host, "")
+        name = name.lower().rstrip(".")
+        if "*" in self.allowed_hosts or name == "localhost" or name in self.allowed_hosts:
             return True
-        return secrets.compare_digest(authorization, b"Bearer " + self.api_key.encode())
+        with contextlib.suppress(ValueError):
+            return bool(ipaddress.ip_address(name.strip("[]")))
+        return False
 
     async def read_body(self, receive) -> bytes | None:
         """Returns the body, or None if it is too large; most clients read the answer only after all is sent."""
-        body, length, more = b"", 0, True
+        parts, length, more = [], 0, True
         while more and length <= 16 * self.max_body:
             message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ConnectionResetError
             length += len(message.get("body", b""))
             if length <= self.max_body:
-                body += message.get("body", b"")
+                parts.append(message.get("body", b""))
             more = message.get("more_body", False)
-        return body if length <= self.max_body else None
+        return b"".join(parts) if length <= self.max_body else None
 
     async def run_while_connected(self, body: bytes, scope, receive, send):
-        """Calls the application with a body that is read already, and cancels it when the client hangs up."""
+        """Calls the application with a body that is read already, and cancels it when the client hangs up, or stops reading."""
         gone = asyncio.Event()
         messages = iter([{"type": "http.request", "body": body, "more_body": False}])
 
@@ -167,12 +255,21 @@ class Guard:
                 message = {"type": "http.disconnect"}
             return message
 
+        async def send_in_time(message):
+            try:
+                async with asyncio.timeout(SECONDS_TO_READ):
+                    await send(message)
+            except TimeoutError:
+                Connection.current.get().transport.abort()
+                gone.set()
+                raise
+
         async def wait_for_end():
             while (await receive())["type"] != "http.disconnect":
                 pass
             gone.set()
 
-        answer = asyncio.ensure_future(self.app(scope, receive_again, send))
+        answer = asyncio.ensure_future(self.app(scope, receive_again, send_in_time))
         end = asyncio.ensure_future(wait_for_end())
         try:
             await asyncio.wait([answer, end], return_when=asyncio.FIRST_COMPLETED)

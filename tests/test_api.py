@@ -30,7 +30,7 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def post(model, tokenizer):
     """Posts JSON or bytes, and returns the response."""
-    app = http_guard.Guard(api.build_app(model, tokenizer), max_body=1 << 20)
+    app = http_guard.Guard(api.build_app(model, tokenizer), max_body=1 << 20, allowed_hosts=["test"])
 
     async def send(body, path="/", kind="application/json"):
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
@@ -43,12 +43,12 @@ def post(model, tokenizer):
 
 def test_contract(post, model, tokenizer):
     expected, history = model.chat(tokenizer, "你好", do_sample=False)
-    answer = post({"prompt": "你好", "temperature": 0}).json()
+    answer = post({"prompt": "你好", "temperature": 1e-6}).json()
     assert set(answer) == {"response", "history", "status", "time"}
     assert answer["response"] == expected and answer["history"] == [["你好", expected]] and answer["status"] == 200
     assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", answer["time"])
     # What the first-party client sends next
-    second = post({"prompt": "Who are you?", "history": answer["history"], "temperature": 0}).json()
+    second = post({"prompt": "Who are you?", "history": answer["history"], "temperature": 1e-6}).json()
     assert second["response"] == model.chat(tokenizer, "Who are you?", history, do_sample=False)[0]
     assert len(second["history"]) == 2
 
@@ -61,29 +61,37 @@ def test_defaults_are_the_first_partys(post, model, monkeypatch):
         yield "ok", [(prompt, "ok")]
 
     monkeypatch.setattr(model, "stream_chat", stream_chat)
+    published = {"max_length": 2048, "top_p": 0.7, "temperature": 0.95}
     post({"prompt": "hi", "history": None, "max_length": None, "top_p": None})
-    assert options == {"max_length": 2048, "top_p": 0.7, "temperature": 0.95}
+    assert options == published
+    post({"prompt": "hi", "max_length": 0, "top_p": 0, "temperature": 0, "stream": False, "other": 1})
+    assert options == published
+    post({"prompt": "hi", "max_length": 9, "top_p": 0.1, "temperature": 0.2})
+    assert options == {"max_length": 9, "top_p": 0.1, "temperature": 0.2}
+
+
+def test_empty_prompt_is_answered(post):
+    assert post({"prompt": "", "max_length": 30}).status_code == 200
 
 
 @pytest.mark.parametrize(
     "body, message",
     [
-        ({}, "prompt: "),
-        ({"prompt": ""}, "prompt: "),
-        ({"prompt": 5}, "prompt: "),
-        ({"prompt": "hi", "temperature": -1}, "temperature: "),
-        ({"prompt": "hi", "top_p": 0}, "top_p: "),
-        ({"prompt": "hi", "top_p": 1.5}, "top_p: "),
-        ({"prompt": "hi", "max_length": 0}, "max_length: "),
-        ({"prompt": "hi", "history": "no"}, "history: "),
+        ({}, "Missing required parameter: 'prompt'"),
+        ({"prompt": 5}, "'prompt': expected a string, got an integer"),
+        ({"prompt": "hi", "temperature": -1}, "'temperature': must be at least 0, got -1"),
+        ({"prompt": "hi", "top_p": 1.5}, "'top_p': must be at most 1, got 1.5"),
+        ({"prompt": "hi", "max_length": -1}, "'max_length'"),
+        ({"prompt": "hi", "stream": True}, "stream: this API answers as a whole"),
+        ({"prompt": "hi", "history": "no"}, "'history': expected a list"),
         ({"prompt": "hi", "history": [["one"]]}, "history"),
         ({"prompt": "word " * 3000}, "Shorten it"),
         (b"{", "JSON"),
         (b"", "JSON"),
         (b'{"prompt": "\xff"}', "JSON"),
         (b'{"prompt": "\\ud800"}', "JSON"),
-        (b'{"prompt": "hi", "temperature": Infinity}', "temperature: "),
-        (b"[" * 100_000, ""),
+        (b'{"prompt": "hi", "temperature": Infinity}', "not JSON"),
+        (b"[" * 100_000, "not JSON"),
     ],
     ids=lambda value: repr(value)[:40],
 )

@@ -1,0 +1,61 @@
+"""
+OpenAI's API on a ChatGLM2 model.
+
+    python -m serving                                         # the small model, at http://127.0.0.1:8000/v1
+    python -m serving --model THUDM/chatglm2-6b --quantization int4
+    python -m serving --model THUDM/chatglm2-6b --continuous-batching
+    API_KEY=... python -m serving --host 0.0.0.0
+
+One request at a time, in order; with --continuous-batching all at once, on a paged cache. See docs/serving.md.
+"""
+
+import argparse
+from pathlib import Path
+
+from examples.http_guard import add_server_options, listen, run
+from examples.load_model import add_model_options, at_least, load_model
+
+from .generation import Batched, OneByOne
+from .server import Defaults, Service, build_app
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        prog="python -m serving", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_model_options(parser)
+    add_server_options(parser, port=8000)
+    parser.add_argument("--name", help="what clients call the model (default: the last part of --model)")
+    parser.add_argument("--any-model-name", action="store_true", help="answer whatever name clients call the model by")
+    parser.add_argument("--continuous-batching", action="store_true", help="answer all requests at once")
+    parser.add_argument(
+        "--cache-tokens",
+        type=at_least(0, number=int),
+        help="one by one: tokens of earlier dialogues to keep (default: 32768; 0: none). With continuous batching: room for "
+        "all requests (default: 32768 on the CPU, elsewhere what memory allows)",
+    )
+    parser.add_argument(
+        "--max-tokens", type=at_least(1, number=int), default=2048, help="of an answer at most; default: %(default)s"
+    )
+    parser.add_argument("--top-p", type=at_least(0, above=True, maximum=1), default=0.8, help="default: %(default)s")
+    parser.add_argument("--temperature", type=at_least(0), default=0.8, help="of requests that say none; default: 0.8")
+    args = parser.parse_args()
+    if args.continuous_batching and args.cache_tokens is not None and args.cache_tokens < 256:
+        parser.error(f"--cache-tokens {args.cache_tokens}: continuous batching needs at least 256")
+
+    listener = listen(args.host, args.port)
+    model, tokenizer = load_model(args)
+    if args.cache_tokens is None and not (args.continuous_batching and model.device.type != "cpu"):
+        args.cache_tokens = 32768
+    if args.continuous_batching:
+        engine = Batched(model, args.cache_tokens)
+    else:
+        engine = OneByOne(model, args.cache_tokens)
+    defaults = Defaults(args.max_tokens, args.temperature, args.top_p)
+    name = args.name or Path(args.model).resolve().name
+    service = Service(name, model, tokenizer, engine, defaults, args.any_model_name)
+    run(build_app(service), listener, f"{name}, by OpenAI's API (/v1)", args, service.stop)
+
+
+if __name__ == "__main__":
+    main()

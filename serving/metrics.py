@@ -1,0 +1,60 @@
+"""What /metrics tells, in Prometheus' format."""
+
+import time
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from .generation import Engine
+
+
+SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+
+
+class Metrics:
+    def __init__(self, engine: Engine):
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter("chatglm_requests", "Requests", ["path", "status"], registry=registry)
+        self.prompt_tokens = Counter("chatglm_prompt_tokens", "Tokens of prompts", registry=registry)
+        self.cached_tokens = Counter("chatglm_cached_tokens", "Of these, taken from caches", registry=registry)
+        self.answer_tokens = Counter("chatglm_answer_tokens", "Tokens of answers", registry=registry)
+        self.first = Histogram(
+            "chatglm_time_to_first_token_seconds", "From the request on", buckets=SECONDS, registry=registry
+        )
+        self.next = Histogram(
+            "chatglm_time_per_token_seconds", "Between tokens of an answer", buckets=SECONDS, registry=registry
+        )
+        for name in ("waiting", "running"):
+            gauge = Gauge(f"chatglm_answers_{name}", f"Answers that are {name}", registry=registry)
+            gauge.set_function(lambda name=name: getattr(engine, name))
+
+    def clock(self) -> "Clock":
+        return Clock(self)
+
+
+class CountRequests:
+    """ASGI middleware that counts answers by path and status."""
+
+    def __init__(self, app, metrics: Metrics):
+        self.app, self.metrics = app, metrics
+
+    async def __call__(self, scope, receive, send):
+        async def count_and_send(message):
+            if message["type"] == "http.response.start":
+                path = scope["route"].path if "route" in scope else ""  # not what clients make up
+                self.metrics.requests.labels(path, message["status"]).inc()
+            await send(message)
+
+        await self.app(scope, receive, count_and_send)
+
+
+class Clock:
+    """Observes when the tokens of one answer come."""
+
+    def __init__(self, metrics: Metrics):
+        self.metrics, self.last, self.is_first = metrics, time.perf_counter(), True
+
+    def tick(self):
+        now = time.perf_counter()
+        (self.metrics.first if self.is_first else self.metrics.next).observe(now - self.last)
+        self.metrics.answer_tokens.inc()
+        self.last, self.is_first = now, False
