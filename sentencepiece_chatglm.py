@@ -105,8 +105,9 @@ class CallBackend:
     encode_special_tokens = True
 
     def __init__(self, backend: Tokenizer, prefix: list[tuple[str, int]], eos: tuple[str, int] | None):
-        self.backend, self.prefix, self.eos = backend, prefix, eos
-        self.prefix_text = "".join(text for text, _ in prefix)
+        # As with the library, a call's options replace what a program has set in the backend.
+        self.backend = copy_backend(backend) if backend.padding or backend.truncation else backend
+        self.prefix, self.prefix_text, self.eos = prefix, "".join(text for text, _ in prefix), eos
         self.token_to_id = backend.token_to_id
 
     def enable_padding(self, **settings):
@@ -191,7 +192,7 @@ def save_backend(backend: Tokenizer, path: str | os.PathLike):
     philosophy"). So those that are not read from text here are written as entries of the vocabulary: no text merges into
     them, and the decoder leaves them out.
     """
-    state = json.loads(backend.to_str())
+    state = {**json.loads(backend.to_str()), "padding": None, "truncation": None}
     tokens = state["added_tokens"]
     state["model"]["vocab"].update({token["content"]: token["id"] for token in tokens})
     state["added_tokens"] = [token for token in tokens if not token["special"]]
@@ -208,12 +209,12 @@ def restore_added_tokens(backend: Tokenizer, path: str | os.PathLike):
     with open(path, encoding="utf-8") as file:
         state = json.load(file)
     read = {token["content"]: token for token in state["added_tokens"]}
-    vocab = {**state["model"]["vocab"], **{content: token["id"] for content, token in read.items()}}
+    vocab = dict(state["model"]["vocab"]) | {content: token["id"] for content, token in read.items()}
     for content in sorted(vocab, key=vocab.get)[backend.get_vocab_size() :]:
         options = {**read.get(content, {"normalized": False, "special": True}), "content": content}
         options.pop("id", None)
         backend.add_tokens([AddedToken(**options)])
         if backend.token_to_id(content) != vocab[content]:
             raise ValueError(
-                f"{path} is not of this tokenizer: its token {content!r} has the id {vocab[content]}. Remove it."
+                f"{path} is not of this tokenizer: its token {content!r} has the id {vocab[content]}. Remove the file."
             )

@@ -5,7 +5,6 @@ ids are exactly SentencePiece's (and offsets, batches and streaming come for fre
 itself, which alone handles invalid UTF-8 the same way.
 """
 
-import copy
 import os
 import shutil
 from collections.abc import Iterable, Sequence
@@ -205,7 +204,7 @@ class ChatGLMTokenizer(TokenizersBackend):
         self, text, text_pair=None, is_split_into_words=False, return_tensors=None, is_finished=True, **kwargs
     ) -> BatchEncoding:
         # What every method that encodes calls. The library's version sets padding and truncation in the backend, where the
-        # calls of other threads would find them: it gets a copy of this object, with a backend for this call.
+        # calls of other threads would find them: it gets another object with the same state, and a backend for this call.
         # `is_finished=False`: an eos_token at the end of a rendered chat is text.
         if kwargs.get("split_special_tokens") is False:
             raise ValueError(
@@ -221,8 +220,8 @@ class ChatGLMTokenizer(TokenizersBackend):
             text, text_pair = [text], None if text_pair is None else [text_pair]
         prefix = [(token, self.get_command(token)) for token in PREFIX_TOKENS]
         eos = (self.eos_token, self.eos_token_id) if is_finished and self.eos_token else None
-        caller = copy.copy(self)
-        caller._tokenizer = CallBackend(self._tokenizer, prefix, eos)
+        caller = object.__new__(type(self))
+        caller.__dict__.update(self.__dict__, _tokenizer=CallBackend(self._tokenizer, prefix, eos))
         try:
             encoded = super(ChatGLMTokenizer, caller)._encode_plus(
                 text, text_pair, is_split_into_words=is_split_into_words, **kwargs

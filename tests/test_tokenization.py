@@ -354,6 +354,29 @@ def test_threads_do_not_share_settings(tiny_tokenizer):
     assert not wrong
 
 
+def test_settings_of_the_backend_do_not_count(tiny_tokenizer, tmp_path):
+    """Whoever set them. A saved tokenizer.json does not have them either."""
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.backend_tokenizer.enable_padding(length=20)
+    tokenizer.backend_tokenizer.enable_truncation(3)
+    for text in ("hello there, world", PREFIX + "hello there, world"):
+        assert tokenizer(text) == tiny_tokenizer(text)
+    tokenizer.save_pretrained(tmp_path)
+    state = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    assert state["padding"] is None and state["truncation"] is None
+
+
+def test_subclass_that_pickles_in_its_own_way(chatglm):
+    """As vLLM's, which would compute its caches anew for every call."""
+
+    class Cached(chatglm.ChatGLMTokenizer):
+        def __reduce__(self):
+            raise AssertionError
+
+    tokenizer = Cached.from_pretrained(TINY)
+    assert tokenizer("a", truncation=True, max_length=2)["input_ids"] == tokenizer.get_prefix_tokens()
+
+
 def test_empty_batch(tokenizer):
     for options in ({}, {"padding": True}, {"truncation": True, "max_length": 3}):
         assert dict(tokenizer([], **options)) == {"input_ids": [], "attention_mask": [], "position_ids": []}
