@@ -11,11 +11,12 @@ export MODEL
 # A small model needs to be kept to what it is sure of; others answer with the published defaults.
 CHAT_OPTIONS ?= $(if $(filter checkpoints/tiny,$(MODEL)),--temperature 0.3)
 # The release that everything is developed on, and those that the essentials are tested on
-TRANSFORMERS ?= 5.23.0
+TRANSFORMERS ?= 5.24.0
 MATRIX ?= 5.9.0 5.17.0 5.19.0 5.23.0
-ESSENTIALS = $(patsubst %,tests/test_%.py,configuration golden tokenization chat long_context loading quantization)
+ESSENTIALS = $(wildcard $(patsubst %,tests/test_%.py,chat compat configuration golden loading long_context modeling parallel \
+	quantization tokenization*))
 
-.PHONY: chat web serve test test-matrix test-others test-clients test-conversion test-vllm hub-repo lint tiny bench clean
+.PHONY: chat web serve test tested-release test-matrix test-newest test-others test-clients test-conversion test-vllm hub-repo lint tiny bench clean
 
 chat: .venv/installed-chat
 	@.venv/bin/python -m examples.cli_chat --model="$$MODEL" $(CHAT_OPTIONS) $(ARGS) $(if $(value PROMPT),--prompt="$$PROMPT")
@@ -34,6 +35,12 @@ test-matrix: $(MATRIX:%=test-transformers-%)
 
 test-transformers-%: .venv-%/installed-test
 	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -n 2 $(ESSENTIALS) $(ARGS)
+
+# Whatever release is newest today, which setup.cfg may not allow yet
+test-newest: .venv-newest/installed-test
+	.venv-newest/bin/pip install --quiet --disable-pip-version-check --upgrade transformers
+	@.venv-newest/bin/pip list 2>/dev/null | grep "^transformers "
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n 2 $(ESSENTIALS) $(ARGS)
 
 # Other libraries on the model: quantization of weights and caches, DeepSpeed. They print at every import, so they do not go
 # into .venv.
@@ -55,6 +62,9 @@ test-vllm: .venv-vllm/installed-vllm
 # The folder of a Hub repository, checked. Without WEIGHTS, what is in OUT already. ARGS="--push NAME/MODEL" uploads it.
 hub-repo: .venv/installed
 	@.venv/bin/python -m conversion.hub $(if $(WEIGHTS),--weights "$(WEIGHTS)") --output "$(or $(OUT),$(error Say where to write: make hub-repo WEIGHTS=folder OUT=folder))" $(ARGS)
+
+tested-release:
+	@echo $(TRANSFORMERS)
 
 lint: .venv/installed-test
 	.venv/bin/ruff check .
@@ -78,7 +88,7 @@ export CMAKE_ARGS ?= $(if $(shell grep -s amx_tile /proc/cpuinfo),-DCMAKE_C_FLAG
 
 PIP = $(@D)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.venv/installed .venv-bench/installed .venv-others/installed: setup.cfg constraints.txt
+.venv/installed .venv-bench/installed .venv-newest/installed .venv-others/installed: setup.cfg constraints.txt
 	$(PYTHON) -m venv $(@D)
 	$(PIP) transformers==$(TRANSFORMERS) -e .
 	touch $@
