@@ -33,8 +33,9 @@ PASSED_THROUGH = {
     "return_dict",
     # `generate`, for stop_strings
     "tokenizer",
-    # Trainer
+    # Trainer; the latter for sequences that are divided over devices
     "num_items_in_batch",
+    "shift_labels",
     # packed sequences (DataCollatorWithFlattening), and continuous batching
     "cu_seq_lens_q",
     "cu_seq_lens_k",
@@ -76,7 +77,7 @@ def checked_arguments(forward: Callable) -> Callable:
                 raise TypeError(BOTH_NAMES)
             kwargs["cache"] = kwargs.get("cache") if cache is None else cache
             if CACHE_NAME == "cache" and not torch.compiler.is_compiling():
-                message = "past_key_values is called cache since Transformers 5.24, and will be removed in 5.40."
+                message = "`past_key_values` is deprecated since Transformers 5.24, and goes in 5.40. Use `cache` instead."
                 warnings.warn(message, FutureWarning, stacklevel=2)
         unknown = [name for name in kwargs if name not in known]
         if unknown:
