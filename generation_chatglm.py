@@ -202,7 +202,7 @@ class ChatGLMGenerationMixin(GenerationMixin):
             with evaluating(self):
                 return self._chat_batch(tokenizer, query, history, options)
 
-        history = copy_history(history)
+        history = list_of_rounds(tokenizer, query, history)
         cache = self._chat_cache(cache, return_past_key_values, options)
         record, inputs, options = self._start_round(tokenizer, query, history, cache, options)
         with evaluating(self):
@@ -237,7 +237,7 @@ class ChatGLMGenerationMixin(GenerationMixin):
         options = dict(max_length=max_length, do_sample=do_sample, top_p=top_p, temperature=temperature)
         cache = kwargs.pop("cache", None) if past_key_values is None else past_key_values
         options = self._chat_options(tokenizer, options, logits_processor, kwargs)
-        history = copy_history(history)
+        history = list_of_rounds(tokenizer, query, history)
         cache = self._chat_cache(cache, return_past_key_values, options)
         record, inputs, options = self._start_round(tokenizer, query, history, cache, options)
         prompt_length = inputs["input_ids"].shape[1]
@@ -479,7 +479,7 @@ class ChatGLMGenerationMixin(GenerationMixin):
         histories = [None] * len(queries) if histories is None else histories
         if len(histories) != len(queries):
             raise ValueError(f"There are {len(queries)} queries but {len(histories)} histories; give one for each.")
-        histories = [copy_history(history) for history in histories]
+        histories = [list_of_rounds(tokenizer, query, history) for query, history in zip(queries, histories)]
         if not queries:
             return [], []
         rounds = [
@@ -525,10 +525,9 @@ def evaluating(model):
         model.train()
 
 
-def copy_history(history) -> list[tuple[str, str]]:
-    """Copies a history; its contents are checked by `tokenizer.build_prompt`."""
-    if history is not None and (isinstance(history, str) or not isinstance(history, Sequence)):
-        raise ValueError(f"history must be a list of (query, response) pairs, got {type(history).__name__}.")
+def list_of_rounds(tokenizer, query: str, history) -> list[tuple[str, str]]:
+    """Returns a copy of a history; raises `ValueError` for a query or a history of another shape."""
+    tokenizer.build_prompt(query, history)
     return list(history or ())
 
 
