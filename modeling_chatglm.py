@@ -21,7 +21,7 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutputWithPast,
     TokenClassifierOutput,
 )
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
@@ -74,8 +74,6 @@ class RotaryEmbedding(nn.Module):
     def __init__(self, config: ChatGLMConfig):
         super().__init__()
         self.config = config
-        self.max_seq_len_cached = config.seq_length
-        self.original_max_seq_len = config.seq_length
         self.rope_type = config.rope_parameters["rope_type"]
         self.rope_init_fn = self.compute_default_rope_parameters
         if self.rope_type != "default":
@@ -94,18 +92,19 @@ class RotaryEmbedding(nn.Module):
         return 1.0 / config.rope_parameters["rope_theta"] ** exponents / config.rope_ratio, 1.0
 
     @torch.no_grad()
-    @dynamic_rope_update
     def forward(self, x: torch.Tensor, position_ids: torch.LongTensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Returns cos and sin in the dtype of `x`, each `[batch, seq, head_dim]`: every angle twice in a row, and the first
         sine of each pair negated. Channels that are not rotated have cos 1 and sin 0, which takes fewer operations in each
         layer than to split them off.
         """
-        inv_freq = self.inv_freq
-        if inv_freq.dtype in (torch.float16, torch.bfloat16):  # rounded by model.half() or the like
-            seq_len = int(position_ids.max()) + 1 if self.rope_type in ("dynamic", "longrope") else None
-            inv_freq, _ = self.rope_init_fn(self.config, x.device, seq_len=seq_len)
-        angles = position_ids[..., None].float() * inv_freq.to(x.device, torch.float)
+        # Not from the buffer: model.half() rounds it, and then every angle is off.
+        depends_on_length = self.rope_type in ("dynamic", "longrope")
+        seq_len = int(position_ids.max()) + 1 if depends_on_length else None
+        inv_freq, self.attention_scaling = self.rope_init_fn(self.config, x.device, seq_len=seq_len)
+        if depends_on_length:
+            self.inv_freq = inv_freq
+        angles = position_ids[..., None].float() * inv_freq
         angles = angles.repeat_interleave(2, dim=-1)
         cos = angles.cos() * self.attention_scaling
         sin = angles.sin() * self.attention_scaling
