@@ -244,7 +244,8 @@ inline Ints gather(const int8_t *p, Ints offsets) { return _mm256_i32gather_epi3
 
 constexpr int64_t VECTOR = sizeof(Ints), LANES = VECTOR / 4;
 
-// ---- Few rows: memory is the limit. The weight is read once, four of its rows at a time, in its own order.
+// ---- Few rows: memory is the limit. The weight is read once: for one row of activations as one long stream, as short
+// ones in turn are slower; for several, four of its rows at a time, which share what is loaded of the activations.
 
 // A row of activations in the order in which unpacking leaves the weights. Each vector of INT4 holds 2 * VECTOR columns:
 // the even ones, then the odd ones. The lanes of a product sum neighbouring columns, which share a scale.
@@ -259,6 +260,7 @@ struct FewRowsLinear {
   static constexpr int64_t COLUMNS = VECTOR * 8 / bits;  // in a vector of weights
   static constexpr int64_t LANE_COLUMNS = COLUMNS / LANES;
   static constexpr int WEIGHT_ROWS = 4;
+  static constexpr int64_t AHEAD = 6144;  // bytes, to prefetch for a row that is read alone; 3 to 10 KB do as well
 
   static void arrange(const int8_t *q, const float *scale, int64_t vectors, int8_t *to, float *lane_scale,
                       int32_t *start) {
@@ -279,27 +281,23 @@ struct FewRowsLinear {
       }
   }
 
-  // y[m][r] = product of M rows of activations with WEIGHT_ROWS rows of the weight
-  template <int M, bool grouped>
+  // y[m * WEIGHT_ROWS + r] = product of M rows of activations with R rows of the weight
+  template <int M, int R, bool grouped>
   static void tile(const Problem &p, const int8_t *const *weight, const float *const *scale, const FewRow *x,
-                   float (*y)[WEIGHT_ROWS]) {
+                   Ints group_of_lane, float *y) {
     const int64_t bytes = p.row_bytes(), full = bytes / VECTOR, group_size = p.group_size();
-    Floats sum[WEIGHT_ROWS][M];
+    Floats sum[R][M];
     for (auto &row : sum)
       for (auto &element : row) element = repeat_float(0);
-    int32_t group_of_lane[LANES];
-    for (int64_t lane = 0; lane < LANES; lane++) group_of_lane[lane] = lane * LANE_COLUMNS / group_size;
-    const Ints lanes = load(group_of_lane);
-
     auto step = [&](const int8_t *const *at, int64_t v) __attribute__((always_inline)) {
 #pragma GCC unroll 4
-      for (int r = 0; r < WEIGHT_ROWS; r++) {
+      for (int r = 0; r < R; r++) {
         Ints packed = load(at[r]);
-        // The same place in the next rows to come: hardware does not foresee the jump.
-        __builtin_prefetch(at[r] + WEIGHT_ROWS * bytes);
+        // One row is a stream that goes on. Of several rows it is the same place in the next ones, a jump.
+        __builtin_prefetch(at[r] + (R == 1 ? AHEAD : R * bytes));
         Ints first = bits == 4 ? high_half(packed) : whole_byte(packed);
         Ints second = low_half(packed);
-        Floats group_scale = grouped ? pick(scale[r] + v * COLUMNS / group_size, lanes) : repeat_float(1);
+        Floats group_scale = grouped ? pick(scale[r] + v * COLUMNS / group_size, group_of_lane) : repeat_float(1);
 #pragma GCC unroll 4
         for (int m = 0; m < M; m++) {
           Ints product = dot<bits>(load(x[m].start + v * LANES), first, load(x[m].q + v * COLUMNS));
@@ -310,21 +308,22 @@ struct FewRowsLinear {
         }
       }
     };
-    const int8_t *at[WEIGHT_ROWS];
+    const int8_t *at[R];
+#pragma GCC unroll 2
     for (int64_t v = 0; v < full; v++) {
-      for (int r = 0; r < WEIGHT_ROWS; r++) at[r] = weight[r] + v * VECTOR;
+      for (int r = 0; r < R; r++) at[r] = weight[r] + v * VECTOR;
       step(at, v);
     }
     if (full * VECTOR < bytes) {
-      int8_t rest[WEIGHT_ROWS][VECTOR] = {};
-      for (int r = 0; r < WEIGHT_ROWS; r++) {
+      int8_t rest[R][VECTOR] = {};
+      for (int r = 0; r < R; r++) {
         memcpy(rest[r], weight[r] + full * VECTOR, bytes - full * VECTOR);
         at[r] = rest[r];
       }
       step(at, full);
     }
     for (int m = 0; m < M; m++)
-      for (int r = 0; r < WEIGHT_ROWS; r++) y[m][r] = total(sum[r][m]) * (grouped ? 1 : scale[r][0]);
+      for (int r = 0; r < R; r++) y[m * WEIGHT_ROWS + r] = total(sum[r][m]) * (grouped ? 1 : scale[r][0]);
   }
 
   template <bool grouped>
@@ -341,6 +340,9 @@ struct FewRowsLinear {
       arrange(natural, block_scale, vectors, q + m * padded, lane_scale + m * lanes, start + m * lanes);
       x[m] = {q + m * padded, lane_scale + m * lanes, start + m * lanes};
     }
+    int32_t group_of_lane[LANES];
+    for (int64_t lane = 0; lane < LANES; lane++) group_of_lane[lane] = lane * LANE_COLUMNS / p.group_size();
+    const Ints groups = load(group_of_lane);
     const int64_t scales = p.groups + LANES;  // `pick` reads a whole vector
     const Scratch<float> scale_scratch(p.threads, WEIGHT_ROWS * scales);
 #pragma omp parallel num_threads(p.threads)
@@ -361,9 +363,10 @@ struct FewRowsLinear {
         float y[4][WEIGHT_ROWS];
         for (int64_t m = 0, done; m < p.rows; m += done) {
           done = p.rows - m >= 4 ? 4 : p.rows - m >= 2 ? 2 : 1;
-          if (done == 4) tile<4, grouped>(p, weight, row_scale, x + m, y);
-          if (done == 2) tile<2, grouped>(p, weight, row_scale, x + m, y);
-          if (done == 1) tile<1, grouped>(p, weight, row_scale, x + m, y);
+          if (done == 4) tile<4, 4, grouped>(p, weight, row_scale, x + m, groups, y[0]);
+          if (done == 2) tile<2, 4, grouped>(p, weight, row_scale, x + m, groups, y[0]);
+          for (int64_t r = 0; r < WEIGHT_ROWS && done == 1; r++)
+            tile<1, 1, grouped>(p, weight + r, row_scale + r, x + m, groups, y[0] + r);
           for (int64_t i = 0; i < done; i++) memcpy(p.y + (m + i) * p.out + n, y[i], count * sizeof(float));
         }
       }

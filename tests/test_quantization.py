@@ -114,6 +114,14 @@ def test_scale_search_by_importance(quantization):
     assert error(searched) < 0.7 * error(quantization.searched_scale(weight, 4))
 
 
+def test_calibration_of_a_layer_that_gets_zeros(checkpoint):
+    model = load(checkpoint)
+    attention = model.transformer.encoder.layers[0].self_attention
+    attention.query_key_value.weight.data.zero_()
+    attention.query_key_value.bias.data.zero_()
+    assert torch.isfinite(model.quantize(4, calibration=[IDS])(IDS).logits).all()
+
+
 def test_calibration_with_groups_of_zeros(quantization):
     """They leave the groups after them alone."""
     torch.manual_seed(0)
