@@ -403,15 +403,12 @@ class QuantizeWhileLoading(ConversionOps):
     def __init__(self, quantizer: "ChatGLMQuantizer"):
         self.quantizer = quantizer
 
-    def convert(self, input_dict, full_layer_name=None, model=None, missing_keys=None, **kwargs):
+    def convert(self, input_dict, full_layer_name=None, model=None, **kwargs):
         (value,) = input_dict.values()
         value = value[0] if isinstance(value, list) else value
         layer = model.get_submodule(full_layer_name.rpartition(".")[0])
         weight, scale = layer.quantize(value, self.quantizer.quantization_config.scale_search)
-        scale_name = f"{full_layer_name}_scale"
-        if missing_keys is not None:
-            missing_keys.discard(scale_name)
-        return {full_layer_name: weight, scale_name: scale}
+        return {full_layer_name: weight, f"{full_layer_name}_scale": scale}
 
 
 class ChatGLMQuantizer(HfQuantizer):
@@ -446,7 +443,7 @@ class ChatGLMQuantizer(HfQuantizer):
             check_has_scales(checkpoint_files)
         for name, layer in layers.items():
             if not self.pre_quantized:
-                layer.weight = model.get_submodule(name).weight  # by whose dtype the library (5.9) reads the file's
+                layer.weight = model.get_submodule(name).weight  # by whose dtype releases before 5.23 read the file's
             model.set_submodule(name, layer)
         return model
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForSequenceClassification, BitsAndBytesConfig
+from transformers import AutoModel, AutoModelForSequenceClassification, BitsAndBytesConfig, Trainer, TrainingArguments
 
 from conftest import ROOT, SMALL
 
@@ -114,6 +114,14 @@ def test_scale_search_by_importance(quantization):
     assert error(searched) < 0.7 * error(quantization.searched_scale(weight, 4))
 
 
+def test_calibration_of_a_layer_that_gets_zeros(checkpoint):
+    model = load(checkpoint)
+    attention = model.transformer.encoder.layers[0].self_attention
+    attention.query_key_value.weight.data.zero_()
+    attention.query_key_value.bias.data.zero_()
+    assert torch.isfinite(model.quantize(4, calibration=[IDS])(IDS).logits).all()
+
+
 def test_calibration_with_groups_of_zeros(quantization):
     """They leave the groups after them alone."""
     torch.manual_seed(0)
@@ -135,6 +143,7 @@ OPTIONS = {
     "groups": {"bits": 4, "group_size": 32},
     "groups of INT8": {"bits": 8, "group_size": 64},
     "embeddings": {"bits": 4, "quantize_embeddings": True},
+    "embeddings and groups": {"bits": 4, "quantize_embeddings": True, "group_size": 32},
     "search": {"bits": 4, "scale_search": True},
     "some layers": {"bits": 4, "modules_to_not_convert": ["layers.0", "dense_4h_to_h"]},
 }
@@ -147,6 +156,7 @@ ERRORS = {
     "groups": 0.24,
     "groups of INT8": 0.020,
     "embeddings": 0.23,
+    "embeddings and groups": 0.24,
     "search": 0.31,
     "some layers": 0.12,
 }
@@ -178,7 +188,9 @@ def test_every_way_gives_the_same(checkpoint, chatglm, quantization, name, tmp_p
     tensors = load_file(tmp_path / "saved/model.safetensors")
     scale = tensors["transformer.encoder.layers.1.self_attention.dense.weight_scale"]
     assert scale.shape == ((64,) if "group_size" not in options else (64, 64 // options["group_size"]))
-    assert ("transformer.output_layer.weight_scale" in tensors) == (name == "embeddings")
+    assert ("transformer.output_layer.weight_scale" in tensors) == name.startswith("embeddings")
+    if name.startswith("embeddings"):  # in INT8, a scale for each row
+        assert tensors["transformer.output_layer.weight_scale"].shape == (128,)
     assert ("transformer.encoder.layers.1.mlp.dense_4h_to_h.weight_scale" in tensors) == (name != "some layers")
     assert ("transformer.encoder.layers.0.mlp.dense_h_to_4h.weight_scale" in tensors) == (name != "some layers")
     assert 0.8 * ERRORS[name] < logits_error(again, load(checkpoint)) < 1.2 * ERRORS[name]
@@ -247,6 +259,22 @@ def test_option_of_earlier_versions(checkpoint, tmp_path, logs, value):
     (tmp_path / "config.json").write_text(json.dumps(config))
     same(load(tmp_path), model)
     assert ("exact_activations has no effect any more" in logs.text) is value
+
+
+def test_quantized_weights_are_frozen(checkpoint, tmp_path):
+    """Weights and scales, however the model was made: an optimizer would take the scales."""
+    model = load(checkpoint).quantize(4)
+    model.save_pretrained(tmp_path)
+    config = {"quant_method": "chatglm", "bits": 4}
+    for made in (model, load(tmp_path), load(checkpoint, quantization_config=config)):
+        trained = {name.split(".")[-2] for name, parameter in made.named_parameters() if parameter.requires_grad}
+        assert not trained & {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}
+
+
+def test_report_of_loading(checkpoint, logs):
+    """Scales that are computed while loading are not reported as missing from the checkpoint."""
+    load(checkpoint, quantization_config={"quant_method": "chatglm", "bits": 4})
+    assert "MISSING" not in logs.text and "weight_scale" not in logs.text
 
 
 def test_memory_while_loading(tmp_path):
@@ -323,6 +351,7 @@ def test_saving_a_given_state_dict(checkpoint, tmp_path):
     name = "transformer.prefix_encoder.embedding.weight"
     model.save_pretrained(tmp_path / "prefix", state_dict={name: model.get_parameter(name).data})
     assert list(load_file(tmp_path / "prefix/model.safetensors")) == [name]
+    assert model.hf_quantizer.state_dict_to_save is None  # or its memory would be held
     model.save_pretrained(tmp_path / "whole")
     inv_freq = {"transformer.rotary_pos_emb.inv_freq"}  # written as published
     assert load_file(tmp_path / "whole/model.safetensors").keys() == model.state_dict().keys() | inv_freq
@@ -345,6 +374,19 @@ def test_classification_and_prefix(checkpoint):
     tuned.train()(IDS, labels=IDS).loss.backward()
     trained = [name for name, p in tuned.named_parameters() if p.grad is not None]
     assert trained == ["transformer.prefix_encoder.embedding.weight"]
+
+
+def test_trainer_takes_adapters_and_prefixes_only(checkpoint, tmp_path):
+    """The Trainer refuses a quantized model that has nothing to train."""
+    peft = pytest.importorskip("peft")
+    arguments = TrainingArguments(tmp_path, report_to="none", use_cpu=True)
+    Trainer(peft.get_peft_model(load(checkpoint).quantize(4), peft.LoraConfig(task_type="CAUSAL_LM")), arguments)
+    for quantized in (load(checkpoint).quantize(4), load(checkpoint, quantization_config={"quant_method": "chatglm"})):
+        with pytest.raises(ValueError, match="purely quantized"):
+            Trainer(quantized, arguments)
+    Trainer(load(checkpoint, pre_seq_len=3).quantize(4), arguments)
+    config = {"quant_method": "chatglm", "bits": 4}
+    Trainer(load(checkpoint, pre_seq_len=3, quantization_config=config), arguments)
 
 
 def test_lora(checkpoint):
@@ -546,6 +588,14 @@ def test_weights_that_are_not_quantized(checkpoint, write_checkpoint, tmp_path, 
         load(folder)
     with pytest.raises(ValueError, match="model.safetensors are not quantized, though .* pass quantization_config="):
         load(checkpoint, quantization_bit=bits)
+
+
+def test_checkpoint_without_quantized_layers(checkpoint, write_checkpoint, tmp_path):
+    """All of them left as they are: there are no scales to look for."""
+    model = load(checkpoint)
+    config = {"quant_method": "chatglm", "bits": 4, "modules_to_not_convert": ["layers"]}
+    folder = write_checkpoint(tmp_path / "plain", {**WIDE, "quantization_config": config}, model.state_dict())
+    same(load(folder), model)
 
 
 def test_wrong_packing(checkpoint, write_checkpoint, tmp_path, logs):

@@ -111,7 +111,7 @@ def compilations(cpu, good_library, monkeypatch):
     made = []
 
     def run_compiler(command):
-        shutil.copy(good_library, command[-1])
+        shutil.copyfile(good_library, command[-1])  # with the mode that the umask gives
         made.append(command[-1])
 
     monkeypatch.setattr(cpu, "run_compiler", run_compiler)
