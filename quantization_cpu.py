@@ -53,7 +53,7 @@ extern "C" int omp_get_thread_num(void);  // macOS has no omp.h
 namespace {
 
 constexpr int64_t BLOCK = 32;     // columns of activations that share a scale
-constexpr int64_t FEW_ROWS = 16;  // of activations at a time: more would not stay in the cache
+constexpr int64_t FEW_ROWS = 16;
 constexpr int64_t PADDING = 128;  // columns are padded to a multiple of this, at least a vector of INT4
 
 enum ScaleType { FLOAT32, FLOAT16, BFLOAT16 };
@@ -179,8 +179,11 @@ void dequantize(const Problem &p, T *y) {
 #define CHATGLM_VECTORS
 typedef __m512i Ints;
 typedef __m512 Floats;
+constexpr int TILE_ROWS = 6, TILE_VECTORS = 4;  // accumulators of a tile, all in registers
 inline Ints load(const void *p) { return _mm512_loadu_si512(p); }
+inline void store(void *p, Ints v) { _mm512_storeu_si512(p, v); }
 inline Floats load_floats(const float *p) { return _mm512_loadu_ps(p); }
+inline void store_floats(float *p, Floats v) { _mm512_storeu_ps(p, v); }
 inline Ints repeat(int32_t v) { return _mm512_set1_epi32(v); }
 inline Floats repeat_float(float v) { return _mm512_set1_ps(v); }
 // (v ^ 8) & 15 in each byte: INT4 with 8 added, from the low and the high half
@@ -194,13 +197,17 @@ inline Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 inline float total(Floats v) { return _mm512_reduce_add_ps(v); }
 inline Floats pick(const float *p, Ints lanes) { return _mm512_permutexvar_ps(lanes, _mm512_loadu_ps(p)); }
+inline Ints gather(const int8_t *p, Ints offsets) { return _mm512_i32gather_epi32(offsets, p, 1); }
 
 #elif defined(__AVX2__) && defined(__FMA__) && !defined(CHATGLM_SCALAR)
 #define CHATGLM_VECTORS
 typedef __m256i Ints;
 typedef __m256 Floats;
+constexpr int TILE_ROWS = 4, TILE_VECTORS = 2;
 inline Ints load(const void *p) { return _mm256_loadu_si256((const Ints *)p); }
+inline void store(void *p, Ints v) { _mm256_storeu_si256((Ints *)p, v); }
 inline Floats load_floats(const float *p) { return _mm256_loadu_ps(p); }
+inline void store_floats(float *p, Floats v) { _mm256_storeu_ps(p, v); }
 inline Ints repeat(int32_t v) { return _mm256_set1_epi32(v); }
 inline Floats repeat_float(float v) { return _mm256_set1_ps(v); }
 inline Ints low_half(Ints v) {
@@ -230,14 +237,15 @@ inline float total(Floats v) {
   return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
 }
 inline Floats pick(const float *p, Ints lanes) { return _mm256_permutevar8x32_ps(_mm256_loadu_ps(p), lanes); }
+inline Ints gather(const int8_t *p, Ints offsets) { return _mm256_i32gather_epi32((const int *)p, offsets, 1); }
 #endif
 
 #if defined(CHATGLM_VECTORS)
 
 constexpr int64_t VECTOR = sizeof(Ints), LANES = VECTOR / 4;
 
-// The weight is read once for up to FEW_ROWS rows of activations. For one it is read as one long stream, as short ones in
-// turn are slower; for several, four of its rows at a time share what is loaded of the activations.
+// ---- Few rows: memory is the limit. The weight is read once: for one row of activations as one long stream, as short
+// ones in turn are slower; for several, four of its rows at a time, which share what is loaded of the activations.
 
 // A row of activations in the order in which unpacking leaves the weights. Each vector of INT4 holds 2 * VECTOR columns:
 // the even ones, then the odd ones. The lanes of a product sum neighbouring columns, which share a scale.
@@ -248,7 +256,7 @@ struct FewRow {
 };
 
 template <int bits>
-struct Linear {
+struct FewRowsLinear {
   static constexpr int64_t COLUMNS = VECTOR * 8 / bits;  // in a vector of weights
   static constexpr int64_t LANE_COLUMNS = COLUMNS / LANES;
   static constexpr int WEIGHT_ROWS = 4;
@@ -366,9 +374,169 @@ struct Linear {
   }
 };
 
+// ---- Many rows: arithmetic is the limit. A panel of the weight is unpacked and transposed, so that the lanes are its
+// rows, and stays in the cache while all activations pass by, a tile of accumulators in registers at a time.
+
+template <int bits>
+struct ManyRowsLinear {
+  static constexpr int64_t PANEL = TILE_VECTORS * LANES;  // rows of the weight
+  static constexpr int64_t DEPTH = 2048;                  // columns unpacked at a time
+
+  struct Activations {
+    int8_t *q;       // [rows, columns]; for INT4, of each 8 columns first the even ones, then the odd ones
+    float *scale;    // [rows, blocks]
+    int32_t *start;  // [rows, blocks], -offset * sum of q
+    int64_t columns, blocks;
+  };
+
+  static void quantize(const Problem &p, int64_t m, const Activations &x) {
+    int8_t *q = x.q + m * x.columns;
+    float *scale = x.scale + m * x.blocks;
+    memset(q, 0, x.columns);
+    memset(scale, 0, x.blocks * sizeof(float));
+    if (m < p.rows) quantize_row(p.x + m * p.in, p.in, q, scale);
+    for (int64_t b = 0; b < x.blocks; b++) {
+      int32_t sum = 0;
+      for (int64_t i = 0; i < BLOCK; i++) sum += q[b * BLOCK + i];
+      x.start[m * x.blocks + b] = -offset(bits) * sum;
+    }
+    if (bits == 4)
+      for (int64_t i = 0; i < x.columns; i += 8) {
+        int8_t even_odd[8];
+        for (int j = 0; j < 4; j++) {
+          even_odd[j] = q[i + 2 * j];
+          even_odd[4 + j] = q[i + 2 * j + 1];
+        }
+        memcpy(q + i, even_odd, 8);
+      }
+  }
+
+  // Columns [begin, begin + columns) of `count` rows, as [columns / 4][PANEL][4]; beyond the matrix anything will do for
+  // rows, as they are not written, and for columns, as activations are zero there.
+  static void unpack(const Problem &p, int64_t row, int64_t count, int64_t begin, int64_t columns, uint8_t *to) {
+    const int64_t bytes = p.row_bytes();
+    const int64_t available = (std::min(begin + columns, p.in) - begin) * bits / 8, wanted = columns * bits / 8;
+    for (int64_t r = 0; r < TILE_VECTORS; r++) {
+      const int8_t *from[LANES];
+      int32_t offsets[LANES];
+      for (int64_t lane = 0; lane < LANES; lane++) {
+        int64_t n = std::min(r * LANES + lane, count - 1);
+        from[lane] = p.weight + (row + n) * bytes + begin * bits / 8;
+        offsets[lane] = (int32_t)(from[lane] - from[0]);
+      }
+      const Ints lanes = load(offsets);
+      for (int64_t k = 0; k < wanted; k += 4) {
+        Ints packed;
+        if (k + 4 <= available) {
+          packed = gather(from[0] + k, lanes);
+        } else {
+          int8_t rest[VECTOR] = {};
+          for (int64_t lane = 0; lane < LANES && k < available; lane++)
+            memcpy(rest + 4 * lane, from[lane] + k, available - k);
+          packed = load(rest);
+        }
+        if (bits == 8) {
+          store(to + (k / 4 * TILE_VECTORS + r) * VECTOR, whole_byte(packed));
+        } else {
+          store(to + (k / 2 * TILE_VECTORS + r) * VECTOR, high_half(packed));
+          store(to + ((k / 2 + 1) * TILE_VECTORS + r) * VECTOR, low_half(packed));
+        }
+      }
+    }
+  }
+
+  // sum[TILE_ROWS, PANEL] += activations from row m on * a panel, over `blocks` blocks
+  template <bool grouped>
+  static void tile(const Activations &x, int64_t m, int64_t first_block, int64_t blocks, const uint8_t *panel,
+                   const float *scale, int64_t blocks_in_group, float *sum) {
+    for (int64_t b = 0; b < blocks; b++) {
+      const int64_t block = first_block + b;
+      Ints product[TILE_ROWS][TILE_VECTORS];
+#pragma GCC unroll 8
+      for (int i = 0; i < TILE_ROWS; i++) {
+        Ints start = repeat(x.start[(m + i) * x.blocks + block]);
+#pragma GCC unroll 8
+        for (int r = 0; r < TILE_VECTORS; r++) product[i][r] = start;
+      }
+      const int8_t *q = x.q + m * x.columns + block * BLOCK;
+      for (int64_t k = 0; k < BLOCK / 4; k++) {
+        Ints weight[TILE_VECTORS];
+#pragma GCC unroll 8
+        for (int r = 0; r < TILE_VECTORS; r++)
+          weight[r] = load(panel + ((b * BLOCK / 4 + k) * TILE_VECTORS + r) * VECTOR);
+#pragma GCC unroll 8
+        for (int i = 0; i < TILE_ROWS; i++) {
+          int32_t four;
+          memcpy(&four, q + i * x.columns + 4 * k, 4);
+          Ints activations = repeat(four);
+#pragma GCC unroll 8
+          for (int r = 0; r < TILE_VECTORS; r++) product[i][r] = dot<bits>(product[i][r], weight[r], activations);
+        }
+      }
+      const float *group_scale = scale + b / blocks_in_group * PANEL;
+#pragma GCC unroll 8
+      for (int i = 0; i < TILE_ROWS; i++) {
+        Floats s = repeat_float(x.scale[(m + i) * x.blocks + block]);
+#pragma GCC unroll 8
+        for (int r = 0; r < TILE_VECTORS; r++) {
+          float *to = sum + i * PANEL + r * LANES;
+          Floats both = grouped ? multiply(s, load_floats(group_scale + r * LANES)) : s;
+          store_floats(to, multiply_add(to_floats(product[i][r]), both, load_floats(to)));
+        }
+      }
+    }
+  }
+
+  template <bool grouped>
+  static void run(const Problem &p) {
+    const int64_t columns = round_up(p.in, PADDING), blocks = columns / BLOCK, rows = round_up(p.rows, TILE_ROWS);
+    Buffer<int8_t> q(rows * columns);
+    Buffer<float> x_scale(rows * blocks);
+    Buffer<int32_t> start(rows * blocks);
+    const Activations x = {q, x_scale, start, columns, blocks};
+    const int64_t groups_in_depth = grouped ? DEPTH / p.group_size() : 1;
+    const Scratch<uint8_t> panel_scratch(p.threads, PANEL * DEPTH);
+    const Scratch<float> sum_scratch(p.threads, rows * PANEL), scale_scratch(p.threads, PANEL * p.groups);
+    const Scratch<float> panel_scale_scratch(p.threads, PANEL * groups_in_depth);
+#pragma omp parallel num_threads(p.threads)
+    {
+#pragma omp for schedule(static)
+      for (int64_t m = 0; m < rows; m++) quantize(p, m, x);
+
+      uint8_t *panel = panel_scratch.mine();
+      float *sum = sum_scratch.mine(), *scale = scale_scratch.mine(), *panel_scale = panel_scale_scratch.mine();
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t n = 0; n < p.out; n += PANEL) {
+        const int64_t count = std::min(PANEL, p.out - n);
+        memset(sum, 0, rows * PANEL * sizeof(float));
+        for (int64_t r = 0; r < PANEL; r++) p.read_scales(n + std::min(r, count - 1), scale + r * p.groups);
+        for (int64_t begin = 0; begin < columns; begin += DEPTH) {
+          const int64_t depth = std::min(DEPTH, columns - begin);
+          unpack(p, n, count, begin, depth, panel);
+          for (int64_t g = 0; grouped && g < groups_in_depth; g++)
+            for (int64_t r = 0; r < PANEL; r++) {
+              int64_t group = std::min(begin / p.group_size() + g, p.groups - 1);
+              panel_scale[g * PANEL + r] = scale[r * p.groups + group];
+            }
+          for (int64_t m = 0; m < rows; m += TILE_ROWS)
+            tile<grouped>(x, m, begin / BLOCK, depth / BLOCK, panel, panel_scale, p.group_size() / BLOCK + !grouped,
+                          sum + m * PANEL);
+        }
+        for (int64_t m = 0; m < p.rows; m++)
+          for (int64_t r = 0; r < count; r++)
+            p.y[m * p.out + n + r] = sum[m * PANEL + r] * (grouped ? 1 : scale[r]);
+      }
+    }
+  }
+};
+
 template <int bits>
 void linear(const Problem &p) {
-  p.groups > 1 ? Linear<bits>::template run<true>(p) : Linear<bits>::template run<false>(p);
+  if (p.rows <= FEW_ROWS) {
+    p.groups > 1 ? FewRowsLinear<bits>::template run<true>(p) : FewRowsLinear<bits>::template run<false>(p);
+  } else {
+    p.groups > 1 ? ManyRowsLinear<bits>::template run<true>(p) : ManyRowsLinear<bits>::template run<false>(p);
+  }
 }
 
 #else  // Loops that compilers turn into what vector instructions there are.
@@ -412,12 +580,9 @@ void linear(const Problem &p) {
 // Both return 0, or 1 if there is not enough memory. Groups are multiples of 32 columns; `in` is even for INT4.
 extern "C" int chatglm_linear(const float *x, const int8_t *weight, const void *scale, int scale_type, float *y,
                               int64_t rows, int64_t out, int64_t in, int64_t groups, int bits, int threads) {
+  const Problem p = {x, weight, scale, scale_type, y, rows, out, in, groups, bits, threads};
   try {
-    for (int64_t m = 0; m < rows; m += FEW_ROWS) {
-      const int64_t count = std::min(FEW_ROWS, rows - m);
-      const Problem p = {x + m * in, weight, scale, scale_type, y + m * out, count, out, in, groups, bits, threads};
-      bits == 4 ? linear<4>(p) : linear<8>(p);
-    }
+    bits == 4 ? linear<4>(p) : linear<8>(p);
   } catch (const std::bad_alloc &) {
     return 1;
   }
