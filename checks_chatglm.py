@@ -77,7 +77,9 @@ def checked_arguments(forward: Callable) -> Callable:
                 raise TypeError(BOTH_NAMES)
             kwargs["cache"] = kwargs.get("cache") if cache is None else cache
             if CACHE_NAME == "cache" and not torch.compiler.is_compiling():
-                message = "`past_key_values` is deprecated since Transformers 5.24, and goes in 5.40. Use `cache` instead."
+                message = (
+                    "`past_key_values` is deprecated since Transformers 5.24, and goes in 5.40. Use `cache` instead."
+                )
                 warnings.warn(message, FutureWarning, stacklevel=2)
         unknown = [name for name in kwargs if name not in known]
         if unknown:

@@ -9,11 +9,12 @@ layers and a short context (llama.cpp's Q4_0 likewise), plus 28 times that. Cach
 llama.cpp's by a prompt; the systems take turns.
 """
 
-import inspect
 import statistics
 
 import torch
 from transformers import AutoConfig, AutoModel, DynamicCache, GlmConfig, GlmForCausalLM
+
+from common.package import module_of
 
 from .measure import in_turn, options, report, seconds
 from .random_checkpoint import ROOT
@@ -46,9 +47,8 @@ class Torch:
 
     def fill(self, positions: int):
         self.cache = DynamicCache(config=self.model.config)
-        let_grow = getattr(inspect.getmodule(type(self.model)), "let_grow", None)
-        if let_grow is not None:
-            let_grow(self.cache)
+        if "chatglm" in type(self.model).__module__:
+            module_of(self.model, "cache_chatglm").grow_in_place(self.cache)
         for layer in range(self.model.config.num_hidden_layers):
             self.cache.update(*torch.randn(2, 1, self.model.config.num_key_value_heads, positions, 128), layer)
 

@@ -8,7 +8,6 @@ Weights are random. The systems generate greedily from the same number of tokens
 medians over the rounds, and their ratios. float32 has 8 of the 28 layers, as all would take 25 GB.
 """
 
-import inspect
 import statistics
 import sys
 
@@ -77,31 +76,6 @@ def compare(precision: str, args) -> dict:
     return result
 
 
-def compare_half(args) -> dict:
-    """Prefill of bfloat16 weights as they are multiplied here, and by torch's own products."""
-    ours = Ours(args.work, args.half_layers, None, torch.bfloat16)
-    modeling = inspect.getmodule(type(ours.model))
-    prompt = random_prompt(args.prompt)
-    own_choice = modeling.rows_for_float32
-
-    def by_torch(onednn: bool) -> float:
-        modeling.rows_for_float32 = lambda dtype: float("inf")
-        try:
-            with torch.backends.mkldnn.flags(enabled=onednn):
-                return ours.run(prompt, 3)[0]
-        finally:
-            modeling.rows_for_float32 = own_choice
-
-    runs = {
-        "this": lambda: ours.run(prompt, 3)[0],
-        "torch": lambda: by_torch(True),
-        "torch without oneDNN, as without AVX-512": lambda: by_torch(False),
-    }
-    medians = {name: statistics.median(values) for name, values in in_turn(runs, args.rounds).items()}
-    ratios = {name: s / medians["this"] for name, s in medians.items()}
-    return {"layers": args.half_layers, "seconds": medians, "ratios": ratios}
-
-
 def main():
     parser = options(__doc__, rounds=3)
     parser.add_argument("--layers", type=int, default=28)
@@ -109,15 +83,12 @@ def main():
     parser.add_argument("--prompt", type=int, default=512, help="tokens")
     parser.add_argument("--tokens", type=int, default=24, help="tokens to generate")
     args = parser.parse_args()
-    args.half_layers = 4
     if args.quick:
-        args.layers = args.half_layers = args.rounds = 1
+        args.layers = args.rounds = 1
         args.prompt, args.tokens = 32, 4
     result = {"prompt": args.prompt, "tokens": args.tokens, "rounds": args.rounds}
     for precision in args.precisions:
         result[precision] = compare(precision, args)
-    if "bfloat16" in args.precisions:
-        result["bfloat16_prefill"] = compare_half(args)
     report(result, args.output)
 
 

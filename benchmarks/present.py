@@ -69,10 +69,6 @@ def decode_text(figures: dict) -> str:
         "beside the same weights in `GlmForCausalLM`. Anonymous memory is the peak while loading and answering once; "
         "weights stay mapped from the file, except where they are cast (float32)."
     )
-    if "bfloat16_prefill" in figures:
-        ratios = figures["bfloat16_prefill"]["ratios"]
-        text += f" A prompt in bfloat16 takes {ratios['torch']:.1f} times as long with torch's own products, and "
-        text += f"{list(ratios.values())[-1]:.1f} times where those cannot use oneDNN."
     return text
 
 

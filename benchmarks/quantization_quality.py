@@ -8,7 +8,6 @@ layers are quantized, embedding and output layer are not. Activations are left a
 are no multiple of 32: for groups, they are filled up with zeros, rounded, and cut off again.
 """
 
-import inspect
 import math
 import random
 import sys
@@ -19,6 +18,7 @@ import torch
 from torch.nn.functional import pad
 from transformers import AutoModel, AutoTokenizer
 
+from common.package import module_of
 from training.data import DataArguments, PackedExamples, encode_dialogue
 from training.tiny import read_corpora, to_messages, to_rounds
 
@@ -91,7 +91,7 @@ def main():
         return AutoModel.from_pretrained(args.model, trust_remote_code=True, dtype=torch.float32, **kwargs).eval()
 
     def ours(bits: int, **kwargs):
-        return lambda: load().quantize(bits, exact_activations=True, **kwargs)
+        return lambda: load().quantize(bits, **kwargs)
 
     def rounded(round_weight):
         """Replaces each weight by what is left of it; for formats that have no layer of our own."""
@@ -102,7 +102,7 @@ def main():
         return model
 
     def groups(group_size: int):
-        formats = sys.modules[inspect.getmodule(type(load())).quantize.__module__]
+        formats = module_of(load(), "quantization")
 
         def round_weight(weight: torch.Tensor) -> torch.Tensor:
             filled = pad(weight, (0, -weight.shape[1] % group_size))

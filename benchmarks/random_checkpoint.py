@@ -1,13 +1,13 @@
 """Checkpoints of the ChatGLM2-6B shape with random weights, for measuring: ours, and llama.cpp's of the same."""
 
-import inspect
 import json
-import sys
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModel
+
+from common.package import module_of
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,7 +44,7 @@ def write_checkpoint(
     with torch.device("meta"):
         model = AutoModel.from_config(model_config, trust_remote_code=True, dtype=dtype)
         if bits is not None:
-            formats = sys.modules[inspect.getmodule(type(model)).quantize.__module__]
+            formats = module_of(model, "quantization")
             options = {"bits": bits, **(quantization or {})}
             config["quantization_config"] = {"quant_method": "chatglm", **options}
             options = formats.ChatGLMQuantizationConfig(**options)

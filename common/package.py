@@ -1,6 +1,7 @@
 """Where this package's own files are, and which of them a checkpoint's folder carries."""
 
 import shutil
+import sys
 from pathlib import Path
 
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -16,6 +17,12 @@ DEFAULTS = ("tokenizer_config.json", "generation_config.json", "chat_template.ji
 def product(name: str):
     """Returns a class of this package, `module.Class`, whatever code lies in a checkpoint's folder."""
     return get_class_from_dynamic_module(name, str(ROOT))
+
+
+def module_of(model, name: str):
+    """Returns the copy of a module of this package, `quantization` say, that a loaded `model` uses."""
+    package = next(c.__module__ for c in type(model).__mro__ if c.__module__.endswith("modeling_chatglm"))
+    return sys.modules[f"{package.rpartition('.')[0]}.{name}"]
 
 
 def copy_code(folder: Path):

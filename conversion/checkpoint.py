@@ -3,7 +3,6 @@
 import json
 import pickle
 import shutil
-import sys
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from tqdm import tqdm
 
 from common.checkpoint import name_some, read_config, weight_files
 from common.files import read_json
-from common.package import DEFAULTS, ROOT, copy_code, product
+from common.package import DEFAULTS, ROOT, copy_code, module_of, product
 
 
 SETTINGS = (*DEFAULTS, "tokenizer.json", "added_tokens.json", "MODEL_LICENSE")
@@ -110,17 +109,11 @@ def quantized_layers(model) -> dict[str, torch.nn.Module]:
         raise ValueError(
             f"The weights are quantized by {options.get('quant_method')!r}: convert the checkpoint that they were made from."
         )
-    formats = quantization_module(model)
+    formats = module_of(model, "quantization")
     layers = formats.empty_layers(model, formats.ChatGLMQuantizationConfig(**options))
     for name, layer in layers.items():
         model.set_submodule(name, layer)
     return layers
-
-
-def quantization_module(model):
-    """Returns the copy of quantization.py that `model` uses."""
-    modeling = sys.modules[type(model).__module__]
-    return sys.modules[modeling.quantize.__module__]
 
 
 def read_file(path: Path) -> Iterator[tuple[str, torch.Tensor]]:

@@ -15,9 +15,9 @@ import torch
 
 from common.errors import plain_errors
 from common.files import new_folder
-from common.package import TINY, product
+from common.package import TINY, module_of, product
 
-from .checkpoint import Checkpoint, meta_model, quantization_module, write_package, write_weights
+from .checkpoint import Checkpoint, meta_model, write_package, write_weights
 
 
 # Of the calibration text so much is used: what docs/quantize.md asks for
@@ -70,7 +70,7 @@ def convert(model: Path, output: Path, bits: int, calibration: Path | None = Non
     if checkpoint.quantized:
         raise ValueError(f"{model} is quantized already. Give the checkpoint that it was made from.")
     empty = meta_model(checkpoint.config)
-    formats = quantization_module(empty)
+    formats = module_of(empty, "quantization")
     config = formats.ChatGLMQuantizationConfig(bits=bits, **options)
     layers = formats.empty_layers(empty, config)
     changed = {"quantization_bit": bits, "quantization_config": config.to_dict()}

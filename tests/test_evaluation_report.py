@@ -193,9 +193,9 @@ def test_validation_set_of_published_figures(tmp_path):
     page = report.write_report([write_evaluation(tmp_path / "a", [LAW])], tmp_path / "out").read_text(encoding="utf-8")
     rows = [line for line in page.splitlines() if ", published" in line]
     of_test = [line.split(",")[0] for line in rows if "(test set)" in line]
-    assert of_test and {line.split("|")[1].split(", published")[0].strip() for line in rows if "(test set)" not in line} == set(
-        report.PUBLISHED["validation_set"]
-    )
+    assert of_test and {
+        line.split("|")[1].split(", published")[0].strip() for line in rows if "(test set)" not in line
+    } == set(report.PUBLISHED["validation_set"])
 
 
 @pytest.mark.parametrize(

@@ -388,7 +388,11 @@ def test_bad_data(tiny_tokenizer, tmp_path, content, options, message):
         ("rows.tsv", b"prompt\tresponse\na\n", "line 2 ends a row of 1 cells"),
         ("rows.parquet", b"PAR1", "cannot be read as Parquet"),
         ("rows.json.gz", b"no gzip", "rows.json.gz is damaged"),
-        ("rows.json.gz", gzip.compress(b'{"prompt": "a", "response": "b"}\n' * 9, mtime=0)[:-9], "rows.json.gz is damaged"),
+        (
+            "rows.json.gz",
+            gzip.compress(b'{"prompt": "a", "response": "b"}\n' * 9, mtime=0)[:-9],
+            "rows.json.gz is damaged",
+        ),
         ("rows.xlsx", b"PK", "rows.xlsx: data files are .json, .jsonl, .csv, .tsv, .parquet"),
         ("rows.csv", None, "There is no file .*rows.csv"),
     ],
