@@ -60,7 +60,7 @@ def build_backend(sp_model: SentencePieceProcessor, special_tokens: Sequence[str
         if piece[:i] in normal and piece[i:] in normal
     ]
     vocab = {piece: i for i, piece in enumerate(pieces)}
-    backend = Tokenizer(BPE(vocab, merges, unk_token=pieces[0], fuse_unk=True, byte_fallback=True))
+    backend = Tokenizer(BPE(vocab, merges, unk_token=pieces[0], byte_fallback=True))
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     # No piece has a "▁" after another character, so none crosses these boundaries; words are faster than texts.
     if not any("▁" in piece.lstrip("▁") for piece in normal):

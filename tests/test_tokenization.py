@@ -177,16 +177,16 @@ def test_special_tokens_cannot_be_read_on_demand(tokenizer, chatglm):
     assert other.get_command("[gMASK]") not in other("a [gMASK]")["input_ids"][2:]
 
 
-def test_typed_end_of_sequence_warns_once(tokenizer, logs):
+@pytest.mark.parametrize("inputs", [("a</s>",), (["b", "a</s>"],), ("a", "b</s>"), (PREFIX + "a</s></s>",)])
+def test_typed_end_of_sequence_warns_once(tokenizer, logs, inputs):
     logging.Logger.warning_once.cache_clear()
     chat = [{"role": "user", "content": "a</s>"}, {"role": "assistant", "content": "b"}]
     tokenizer.apply_chat_template(chat)
     tokenizer(["</s> a", tokenizer.build_prompt("a</s>")])
+    tokenizer("a</s>", "b")
     assert "ends in the characters" not in logs.text
     for _ in range(2):
-        tokenizer(["a</s>", "b</s>"])
-        tokenizer("a", "b</s>")
-        tokenizer(PREFIX + "a</s></s>")
+        tokenizer(*inputs)
     assert logs.text.count("ends in the characters '</s>'") == 1
 
 
@@ -236,8 +236,8 @@ def test_options_equal_the_library(tiny_tokenizer, library_tokenizer, data):
     tiny_tokenizer.truncation_side = "right"
     positions = output.pop("position_ids")
     assert dict(output) == dict(expected)
-    assert [e.offsets for e in output.encodings] == [e.offsets for e in expected.encodings]
-    assert [e.sequence_ids for e in output.encodings] == [e.sequence_ids for e in expected.encodings]
+    for name in ("offsets", "sequence_ids", "word_ids", "tokens"):
+        assert [getattr(e, name) for e in output.encodings] == [getattr(e, name) for e in expected.encodings]
     if kind == "single" and not options.get("return_overflowing_tokens"):
         positions = [positions]
     for encoding, row in zip(output.encodings, positions, strict=True):
@@ -395,6 +395,8 @@ def test_tokens_of_programs(tokenizer, chatglm, tmp_path):
     assert other.decode(ids) == "call  [gMASK]"
     assert other("call <|tool|>", truncation=True, max_length=20)["input_ids"] == other("call <|tool|>")["input_ids"]
     assert pickle.loads(pickle.dumps(other))("a <|tool|>") == other("a <|tool|>")
+    assert other.add_tokens(["<a>", "<b>"]) == 2 and other.add_tokens("<a>") == other.add_tokens([]) == 0
+    assert other.tokenize("x<a>y <b>") == [*other.tokenize("x"), "<a>", *other.tokenize("y "), "<b>"]
 
 
 def test_streaming_decode(tokenizer):
@@ -455,6 +457,8 @@ def test_saved_backend(saved):
     for skip_special_tokens in (True, False):
         ids = [*special, *tokenizer(text)["input_ids"], *special]
         assert backend.decode(ids, skip_special_tokens=skip_special_tokens) == text
+        ids = tokenizer("  x  y")["input_ids"]
+        assert backend.decode(ids, skip_special_tokens=skip_special_tokens) == "  x  y"
 
 
 def test_reload(saved, chatglm):
@@ -566,18 +570,23 @@ def test_pointer_file(chatglm, tmp_path):
         chatglm.ChatGLMTokenizer(tmp_path / "tokenizer.model")
 
 
-def test_model_of_another_kind(chatglm, tmp_path):
+@pytest.mark.parametrize(
+    "kind, ids, error",
+    [("unigram", {}, "is no BPE model"), ("bpe", {"unk_id": 2, "eos_id": 0}, "is not the tokenizer of ChatGLM2")],
+)
+def test_model_of_another_kind(chatglm, tmp_path, kind, ids, error):
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["hello world, how are you"] * 20 + ["fine thanks"]),
-        model_prefix=str(tmp_path / "unigram"),
+        model_prefix=str(tmp_path / kind),
         vocab_size=290,
         byte_fallback=True,
-        model_type="unigram",
+        model_type=kind,
+        **ids,
         hard_vocab_limit=False,
         minloglevel=2,
     )
-    with pytest.raises(ValueError, match="belongs\nto another model|belongs to another model|no BPE model"):
-        chatglm.ChatGLMTokenizer(tmp_path / "unigram.model")
+    with pytest.raises(ValueError, match=error):
+        chatglm.ChatGLMTokenizer(tmp_path / f"{kind}.model")
 
 
 @pytest.mark.parametrize("text", ["a\ud800b", ["ok", "\udfff"], [PREFIX + "a\ud800"], [("a", "b\ud800")]])
