@@ -197,6 +197,7 @@ def test_overwriting_the_output(start, data, tmp_path):
     """A run anew, without what an earlier one with other settings left; never without what it starts from."""
     run(ptuning, start, data, tmp_path, "--pre_seq_len", "4")
     again = ("--overwrite_output_dir", "--pre_seq_len", "4", "--max_steps", "2", "--save_steps", "1")
+    again += ("--save_total_limit", "9")
     with pytest.raises(
         ValueError, match="would remove .*checkpoint-6 .--ptuning_checkpoint., which this run starts from"
     ):
