@@ -22,6 +22,7 @@ from common.files import only_run
 from conftest import ROOT, SMALL, TINY
 from training import lora, options, predict, pretrain, ptuning, sft
 from training.data import DataArguments, encode_dialogue, encode_response
+from training.objective import MixedObjective
 from training.trainer import RecipeTrainer, last_checkpoint
 
 
@@ -197,6 +198,7 @@ def test_overwriting_the_output(start, data, tmp_path):
     """A run anew, without what an earlier one with other settings left; never without what it starts from."""
     run(ptuning, start, data, tmp_path, "--pre_seq_len", "4")
     again = ("--overwrite_output_dir", "--pre_seq_len", "4", "--max_steps", "2", "--save_steps", "1")
+    again += ("--save_total_limit", "9")
     with pytest.raises(
         ValueError, match="would remove .*checkpoint-6 .--ptuning_checkpoint., which this run starts from"
     ):
@@ -469,6 +471,31 @@ def test_gradient_checkpointing_and_bfloat16(start, data, tmp_path):
     assert short == pytest.approx(plain, rel=5e-2)
 
 
+@pytest.mark.parametrize("recipe", [lora, ptuning])
+@pytest.mark.parametrize("reentrant", ["true", "false"])
+def test_gradient_checkpointing_of_frozen_weights(recipe, reentrant, start, data, tmp_path):
+    """Adapters and prefixes get their gradients, though nothing before them is trained."""
+    options = ("--learning_rate", "3e-2", "--max_steps", "3")
+    plain = losses(run(recipe, start, data, tmp_path / "a", *options))
+    kind = ("--gradient_checkpointing", "--gradient_checkpointing_kwargs", f'{{"use_reentrant": {reentrant}}}')
+    assert losses(run(recipe, start, data, tmp_path / "b", *options, *kind)) == pytest.approx(plain, rel=1e-4)
+
+
+def test_epochs_draw_anew(start, data, tmp_path, monkeypatch):
+    """The tasks of a document differ from one epoch to the next, and are the same in the next run."""
+    seeds = []
+    collate = MixedObjective.__call__
+    monkeypatch.setattr(
+        MixedObjective, "__call__", lambda self, rows: (seeds.append([r["seed"] for r in rows]), collate(self, rows))[1]
+    )
+    options = ("--max_steps", "-1", "--num_train_epochs", "2", "--per_device_train_batch_size", "40")
+    for name in "ab":
+        run(pretrain, start, data, tmp_path / name, *options)
+    drawn = [set(seeds[i]) for i in range(len(seeds))]
+    first, second = drawn[: len(drawn) // 2], drawn[len(drawn) // 2 :]
+    assert first == second and len(set().union(*first)) == 80
+
+
 def test_prefix_in_mixed_precision(start, data, tmp_path):
     """On weights in float16, which the published ones are."""
     plain = losses(run(ptuning, start, data, tmp_path / "a", "--pre_seq_len", "6"))
@@ -546,6 +573,8 @@ def test_data_are_checked_before_the_model_is_loaded(recipe, start, data, tmp_pa
     ):
         with pytest.raises(ValueError, match=message):
             run(recipe, start, data, tmp_path / "out", "--train_file", train, "--validation_file", validation)
+    with pytest.raises(ValueError, match="There is no data for this: give a --validation_file"):
+        run(recipe, start, data, tmp_path / "out", "--do_eval")
     if recipe is not pretrain:
         with pytest.raises(ValueError, match="empty.json has no rows"):
             run(recipe, start, data, tmp_path / "out", "--do_predict", "--test_file", str(empty))

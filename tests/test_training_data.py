@@ -99,6 +99,15 @@ def test_rounds_that_do_not_fit_are_left_out(tiny_tokenizer):
     assert two.outcome == "cut" and two.input_ids == whole.input_ids[: len(two.input_ids) - 1] + [2]
 
 
+def test_dialogue_of_just_the_limit_is_whole(tiny_tokenizer):
+    messages = [{"role": r, "content": "word " * 30} for r in ("user", "assistant") * 2]
+    whole = encode_dialogue(tiny_tokenizer, messages, arguments(max_source_length=500))
+    limit = len(whole.input_ids)
+    assert encode_dialogue(tiny_tokenizer, messages, arguments(max_source_length=limit - 17)) == whole
+    cut = encode_dialogue(tiny_tokenizer, messages, arguments(max_source_length=limit - 18))
+    assert cut.outcome == "cut" and len(cut.input_ids) < limit
+
+
 def test_system_message_begins_the_first_query(tiny_tokenizer):
     messages = [{"role": r, "content": c} for r, c in (("system", "Be brief. "), ("user", "Hi"), ("assistant", "Yo"))]
     ids = encode_dialogue(tiny_tokenizer, messages, arguments()).input_ids
@@ -177,10 +186,10 @@ def test_texts_may_follow_many_numbers(tmp_path, name):
 
 def test_long_cells_are_read(tmp_path):
     """Of more than the 131,072 characters that Python's csv reads by default, whose limit stays as it was."""
-    limit = csv.field_size_limit()
+    before = csv.field_size_limit(131_072)
     path = write_rows(tmp_path / "rows.csv", [{"prompt": "a", "response": "b" * 200_000}])
     assert len(read(arguments(train_file=path), "train")[0]["response"]) == 200_000
-    assert csv.field_size_limit() == limit
+    assert csv.field_size_limit(before) == 131_072
 
 
 def test_path_is_not_a_pattern(tmp_path):
@@ -412,6 +421,13 @@ def test_bad_options(tiny_tokenizer, read_rows):
     _, args = read_rows([{"prompt": "x", "response": "y"}])
     with pytest.raises(ValueError, match="no column text in the data; there are prompt, response"):
         read(args, "train", documents=True)
+
+
+def test_document_of_just_the_limit_ends(tiny_tokenizer, read_rows):
+    rows, args = read_rows([{"text": "word " * 20}])
+    length = len(tiny_tokenizer.encode("word " * 20, add_special_tokens=False))
+    assert encode_texts(rows, tiny_tokenizer, args, length)["ends"] == [True]
+    assert encode_texts(rows, tiny_tokenizer, args, length - 1)["ends"] == [False, True]
 
 
 def test_long_documents_are_cut_and_end_once(tiny_tokenizer, read_rows, logs):

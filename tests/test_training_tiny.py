@@ -2,10 +2,14 @@
 
 import gzip
 import json
+import math
 import random
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
+from conftest import TINY
 from training import tiny
 
 
@@ -49,6 +53,30 @@ def test_next_lines():
     pairs = tiny.next_lines(poem, random.Random(0))
     assert [answer for _, answer in pairs] == ["黄河入海流。", "欲穷千里目，", "更上一层楼。"]
     assert "白日依山尽" in pairs[0][0]
+    assert not tiny.next_lines("君不见，黄河之水天上来。", random.Random(0))  # what is asked for tells too little
+
+
+def test_held_out_perplexity(tiny_tokenizer, tmp_path, monkeypatch):
+    """Of each corpus with dialogues enough; of the model that is asked."""
+    monkeypatch.setattr(tiny, "WORK", tmp_path)
+    chats = [[f"What is {i}?", "I am ChatGLM2-Tiny."] for i in range(5)]
+    rows = [
+        {"messages": [{"role": role, "content": text} for role, text in zip(("user", "assistant"), chat)]}
+        for chat in chats
+    ]
+    held_out = {name: [] for name in tiny.DIALOGUES} | {"chatterbot_en": rows, "oasst1_zh": rows, "kdconv_zh": rows[:4]}
+    model = AutoModelForCausalLM.from_pretrained(TINY, trust_remote_code=True).float().eval()
+    figures = tiny.held_out_perplexity(model, tiny_tokenizer, held_out)
+    assert set(figures) == {"chatterbot_en", "oasst1_zh"}
+    total = tokens = 0
+    for query, answer in chats:
+        prompt = tiny_tokenizer.encode(tiny_tokenizer.build_prompt(query))
+        ids = torch.tensor([prompt + tiny_tokenizer.encode(answer, add_special_tokens=False) + [2]])
+        labels = torch.where(torch.arange(ids.shape[1]) < len(prompt), -100, ids)
+        n = ids.shape[1] - len(prompt)
+        total, tokens = total + n * model(ids, labels=labels).loss.item(), tokens + n
+    expected = {"dialogues": 5, "perplexity": pytest.approx(math.exp(total / tokens), abs=0.1)}
+    assert figures["chatterbot_en"] == figures["oasst1_zh"] == expected
 
 
 def test_card(tmp_path):
