@@ -291,7 +291,7 @@ def dequantize_into(buffer: torch.Tensor, weight: torch.Tensor, scale: torch.Ten
     dequantize_kernel[grid](
         weight, scale, buffer, row_bytes, weight.stride(0), scale.stride(0),
         BITS=bits, GROUP_BYTES=0 if groups == 1 else row_bytes // groups,
-        TAIL=row_bytes % DEQUANTIZED_BLOCK > 0, BLOCK=DEQUANTIZED_BLOCK, num_warps=2,
+        TAIL=row_bytes % DEQUANTIZED_BLOCK > 0, BLOCK=DEQUANTIZED_BLOCK, num_warps=2, enable_fp_fusion=True,
     )  # fmt: skip
 
 
