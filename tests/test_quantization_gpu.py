@@ -187,7 +187,7 @@ def test_launch_reads_no_data(gpu, monkeypatch, rows):
     assert gpu.gpu_linear(x, weight, scale, 4).shape == (rows, 27392)
     # 8,192 rows of 8 KB are 64 MB: three whole parts, and one of 2,816 rows
     whole, rest = (8192, 2), (2816, 2)
-    assert launches == {1: [(6848, 1)], 7: [(856, 1)], 20: [whole, whole, whole, rest]}[rows]
+    assert launches == {1: [(6848,)], 7: [(856, 1)], 20: [whole, whole, whole, rest]}[rows]
 
 
 def test_steps_are_one_graph(small_model):
