@@ -82,10 +82,8 @@ def plan_few_rows(
         splits = 4 if out < 8192 else 1  # 4 times 128 programs for 4,096 rows; an H100 has 132 SMs
         stages = 4 if max_registers == 64 else 3  # consumer cards have less shared memory, 100 KB
         return Plan(True, 16, 32, splits, stages, max_registers)
-    block_rows = 1 << (rows - 1).bit_length()
+    block_rows = min(1 << (rows - 1).bit_length(), 16 if max_registers == 128 else 8)
     block_out = 4 if block_rows <= {64: 2, 80: 4, 128: 8}[max_registers] else 2
-    if block_rows == 16 and max_registers == 64 and groups == 1:
-        block_out = 1
     # No splits: 4,096 rows of the weight make 1,024 programs, whose 4 warps share the columns.
     return Plan(False, block_rows, block_out, 1, 1, max_registers)
 
@@ -102,6 +100,14 @@ if triton is not None:
         return unsigned.to(tl.float32, bitcast=True) - (2.0**23 + (1 << (BITS - 1)))
 
     @triton.jit
+    def words(vectors, SHAPE: tl.constexpr):
+        """`[..., 4]` as four tensors, of SHAPE less the last two dimensions, which are 2 and 2. A thread has all four."""
+        even, odd = tl.split(vectors.reshape(SHAPE))
+        first, third = tl.split(even)
+        second, fourth = tl.split(odd)
+        return first, second, third, fourth
+
+    @triton.jit
     def vector_kernel(
         x_ptr, weight_ptr, scale_ptr, y_ptr, rows, out, vectors, groups, columns_per_word,
         BITS: tl.constexpr, GROUP_VECTORS: tl.constexpr,
@@ -111,47 +117,55 @@ if triton is not None:
         Each thread loads 16 bytes, four words of 32 bits, of each of BLOCK_OUT rows of the weight at a time.
 
         Args:
-            x_ptr: float32 `[columns_per_word, blocks, BLOCK_ROWS, 4 * BLOCK]`: columns at the same place in their words are
-                neighbours, so that a thread loads those of its four words at once. Zero beyond the end of the row.
+            x_ptr: float32 `[row_blocks, columns_per_word, blocks, BLOCK_ROWS, 4 * BLOCK]`: columns at the same place in
+                their words are neighbours, so that a thread loads those of its four words at once. Padded with zeros.
             weight_ptr: int32 `[out, 4 * vectors]`.
             scale_ptr: `[out]` or `[out, groups]`.
             y_ptr: `[rows, out]`.
             columns_per_word: 8 or 4. No constant, or the compiler unrolls the loop and keeps all activations in registers.
             GROUP_VECTORS: Vectors that share a scale; 0 for a scale per row.
         """
-        n = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-        row = tl.minimum(n, out - 1).to(tl.int64)
+        # Programs that share weights are neighbours: they run at the same time, and only one reads from memory.
+        row_blocks = tl.cdiv(rows, BLOCK_ROWS)
+        first_row = tl.program_id(0) % row_blocks * BLOCK_ROWS
+        n = tl.program_id(0) // row_blocks * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+        row = tl.minimum(n, out - 1)
         lane = tl.arange(0, 4)
         blocks = tl.cdiv(vectors, BLOCK)
+        x_ptr += first_row * columns_per_word * blocks * (BLOCK * 4)
         sums = (tl.zeros((BLOCK_OUT, BLOCK), dtype=tl.float32),) * BLOCK_ROWS
         for block in range(0, blocks):
             v = tl.arange(0, BLOCK)
             # Beyond the end of the row the activations are zero: any weight will do.
             inside = tl.minimum(block * BLOCK + v, vectors - 1)
-            word = (row * (vectors * 4))[:, None, None] + (inside * 4)[None, :, None] + lane[None, None, :]
+            word = (row.to(tl.int64) * (vectors * 4))[:, None, None] + (inside * 4)[None, :, None] + lane[None, None, :]
             packed = tl.load(weight_ptr + word)
-            packed = packed ^ (-0x77777778 if BITS == 4 else -0x7F7F7F80)  # flips the sign bits
+            packed = words(packed ^ (-0x77777778 if BITS == 4 else -0x7F7F7F80), (BLOCK_OUT, BLOCK, 2, 2))
             if GROUP_VECTORS > 0:
                 scale = tl.load(scale_ptr + row[:, None] * groups + (inside // GROUP_VECTORS)[None, :]).to(tl.float32)
             for column in range(0, columns_per_word):
                 # Even columns of INT4 are in the high halves of bytes.
-                weight = unpacked(packed, 4 * (column ^ 1) if BITS == 4 else 8 * column, BITS)
-                if GROUP_VECTORS > 0:
-                    weight *= scale[:, :, None]
+                shift = 4 * (column ^ 1) if BITS == 4 else 8 * column
+                weight = ()
+                for i in tl.static_range(4):
+                    weight = weight + (unpacked(packed[i], shift, BITS) * (scale if GROUP_VECTORS > 0 else 1.0),)
                 x_block = x_ptr + (column * blocks + block) * (BLOCK_ROWS * BLOCK * 4)
                 added = ()
                 for m in tl.static_range(BLOCK_ROWS):
-                    x = tl.load(x_block + m * BLOCK * 4 + (v * 4)[:, None] + lane[None, :])
-                    added = added + (sums[m] + tl.sum(weight * x[None, :, :], axis=2),)
+                    x = words(tl.load(x_block + m * BLOCK * 4 + (v * 4)[:, None] + lane[None, :]), (BLOCK, 2, 2))
+                    total = sums[m]
+                    for i in tl.static_range(4):
+                        total += weight[i] * x[i][None, :]
+                    added = added + (total,)
                 sums = added
         if GROUP_VECTORS == 0:
             scale = tl.load(scale_ptr + row).to(tl.float32)
         for m in tl.static_range(BLOCK_ROWS):
-            if m < rows:
+            if first_row + m < rows:
                 y = tl.sum(sums[m], axis=1)
                 if GROUP_VECTORS == 0:
                     y *= scale
-                tl.store(y_ptr + m * out + n, y.to(y_ptr.dtype.element_ty), mask=n < out)
+                tl.store(y_ptr + (first_row + m) * out + n, y.to(y_ptr.dtype.element_ty), mask=n < out)
 
     @triton.jit
     def unpacked_int4(packed, SHIFT: tl.constexpr, dtype: tl.constexpr):
@@ -248,7 +262,6 @@ def few_rows_linear(
 ) -> torch.Tensor:
     """`x @ weight.T` for contiguous x `[rows, in]`, at most 16 rows, as planned."""
     (rows, columns), (out, row_bytes) = x.shape, weight.shape
-    grid = (triton.cdiv(out, plan.block_out), plan.splits)
     # Newer releases of Triton fuse multiplications and additions only if asked to.
     options = dict(num_warps=4, num_stages=plan.stages, enable_fp_fusion=True)
     if torch.version.hip is None:  # AMD's backend does not know it
@@ -258,19 +271,21 @@ def few_rows_linear(
         if bits == 4:
             x = x.view(rows, tiles, TILE_BYTES, 2).transpose(2, 3).contiguous()
         y = x.new_empty(plan.splits, rows, out, dtype=x.dtype if plan.splits == 1 else torch.float32)
-        tensor_core_kernel[grid](
+        tensor_core_kernel[(triton.cdiv(out, plan.block_out), plan.splits)](
             x, weight, scale, y, rows, out, tiles, BITS=bits, BLOCK_OUT=plan.block_out, BLOCK=TILE_BYTES, **options
         )
         return y[0] if plan.splits == 1 else y.sum(0).to(x.dtype)  # in the same order each time
+    y = x.new_empty(rows, out)
     vectors, per_word = row_bytes // 16, 32 // bits
     blocks = triton.cdiv(vectors, BLOCK_VECTORS)
-    words = BLOCK_VECTORS * 4
-    x = nn.functional.pad(x, (0, blocks * words * per_word - columns)).view(rows, blocks, words, per_word)
-    arranged = x.new_empty(per_word, blocks, plan.block_rows, words, dtype=torch.float32)
-    arranged[:, :, :rows].copy_(x.permute(3, 1, 0, 2))
-    y = x.new_empty(rows, out)
-    vector_kernel[grid](
-        arranged, weight.view(torch.int32), scale, y, rows, out, vectors, groups, per_word,
+    row_blocks, words = triton.cdiv(rows, plan.block_rows), BLOCK_VECTORS * 4
+    padding = (0, blocks * words * per_word - columns, 0, row_blocks * plan.block_rows - rows)
+    if any(padding):
+        x = nn.functional.pad(x, padding)
+    x = x.view(row_blocks, plan.block_rows, blocks, words, per_word).permute(0, 4, 2, 1, 3)
+    x = torch.empty(x.shape, dtype=torch.float32, device=x.device).copy_(x)  # one kernel that also converts
+    vector_kernel[(row_blocks * triton.cdiv(out, plan.block_out),)](
+        x, weight.view(torch.int32), scale, y, rows, out, vectors, groups, per_word,
         BITS=bits, GROUP_VECTORS=0 if groups == 1 else vectors // groups,
         BLOCK_ROWS=plan.block_rows, BLOCK_OUT=plan.block_out, BLOCK=BLOCK_VECTORS, **options,
     )  # fmt: skip
@@ -291,7 +306,7 @@ def dequantize_into(buffer: torch.Tensor, weight: torch.Tensor, scale: torch.Ten
     dequantize_kernel[grid](
         weight, scale, buffer, row_bytes, weight.stride(0), scale.stride(0),
         BITS=bits, GROUP_BYTES=0 if groups == 1 else row_bytes // groups,
-        TAIL=row_bytes % DEQUANTIZED_BLOCK > 0, BLOCK=DEQUANTIZED_BLOCK, num_warps=2,
+        TAIL=row_bytes % DEQUANTIZED_BLOCK > 0, BLOCK=DEQUANTIZED_BLOCK, num_warps=2, enable_fp_fusion=True,
     )  # fmt: skip
 
 

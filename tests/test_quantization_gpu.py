@@ -155,11 +155,12 @@ def test_plan_of_the_6b(gpu):
     assert plan(16, H_TO_4H, ADA, torch.bfloat16) == gpu.Plan(True, 16, 32, 1, 3, 80)
     assert plan(8, DENSE, HOPPER).splits == 4
     for choice in (plan(16, DENSE, TURING), plan(16, DENSE, ADA, single), plan(16, DENSE, ADA, groups=32)):
-        assert not choice.tensor_cores and choice.block_rows == 16
+        assert not choice.tensor_cores
     # Rows of the weight for each program: fewer as rows of activations need registers
     assert [plan(rows, DENSE, TURING).block_out for rows in (2, 3, 8, 9)] == [4, 4, 4, 2]
     assert [plan(rows, DENSE, ADA, single).block_out for rows in (2, 4, 5, 16)] == [4, 4, 2, 2]
-    assert [plan(rows, DENSE, HOPPER, single).block_out for rows in (2, 3, 8, 9)] == [4, 2, 2, 1]
+    assert [plan(rows, DENSE, HOPPER, single).block_out for rows in (2, 3, 8, 9)] == [4, 2, 2, 2]
+    assert [plan(9, DENSE, capability, single).block_rows for capability in (TURING, ADA, HOPPER)] == [16, 8, 8]
 
 
 @pytest.mark.parametrize("row_bytes", [17, 344, 1000])
@@ -186,7 +187,7 @@ def test_launch_reads_no_data(gpu, monkeypatch, rows):
     assert gpu.gpu_linear(x, weight, scale, 4).shape == (rows, 27392)
     # 8,192 rows of 8 KB are 64 MB: three whole parts, and one of 2,816 rows
     whole, rest = (8192, 2), (2816, 2)
-    assert launches == {1: [(6848, 1)], 7: [(856, 1)], 20: [whole, whole, whole, rest]}[rows]
+    assert launches == {1: [(6848,)], 7: [(856, 1)], 20: [whole, whole, whole, rest]}[rows]
 
 
 def test_steps_are_one_graph(small_model):
