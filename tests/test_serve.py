@@ -34,8 +34,10 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk  # noqa: E402
 from examples import http_guard  # noqa: E402
 from examples.http_errors import INTERNAL  # noqa: E402
 from serving import __main__ as command  # noqa: E402
-from serving.generation import Batched, OneByOne, Penalties, Sampling, Started  # noqa: E402
+from serving.batching import Batched  # noqa: E402
+from serving.generation import OneByOne, Sampling, Started  # noqa: E402
 from serving.prefix_cache import MIN_PREFIX, PrefixCache  # noqa: E402
+from serving.processors import Penalties  # noqa: E402
 from serving.server import Defaults, Service, build_app  # noqa: E402
 from serving.shapes import Token  # noqa: E402
 from serving.text import TextBuilder, token_bytes  # noqa: E402
@@ -151,6 +153,14 @@ def test_models(server):
     assert error.value.code == "model_not_found"
     with pytest.raises(openai.NotFoundError, match="'gpt-4' does not exist here; 'tiny' does"):
         server.ask(model="gpt-4")
+
+
+def test_load_model(server):
+    """What `transformers chat` asks for first. Nothing is loaded."""
+    answer = server.send("POST", "/load_model", b'{"model": "tiny"}', **JSON)
+    assert json.loads(answer.read().decode().removeprefix("data: ")) == {"status": "ready", "cached": True}
+    assert server.post(b'{"model": "someone/else"}', "/load_model")[0] == 404
+    assert server.post(b"[]", "/load_model")[0] == 400
 
 
 def test_trailing_slashes_and_head(server):
@@ -319,6 +329,7 @@ def test_n_answers(server):
     completion = server.ask("Tell me a story.", **options)
     texts = [choice.message.content for choice in completion.choices]
     assert [choice.index for choice in completion.choices] == [0, 1, 2] and len(set(texts)) > 1
+    assert completion.usage.prompt_tokens_details.cached_tokens <= completion.usage.prompt_tokens
     if not server.batching:
         again = server.ask("Tell me a story.", stream=True, **options)
         streamed = ["", "", ""]
@@ -574,7 +585,7 @@ def test_bad_requests(one_by_one, options, param, code, message):
         ({"prompt": []}, "must be at least 1 long"),
         ({"prompt": [8064]}, "token ids outside 0 to 8063"),
         ({"prompt": [-1]}, "token ids outside 0 to 8063"),
-        ({"prompt": [36] * 2048}, "your prompt have 2048 tokens"),
+        ({"prompt": [36] * 2048}, "'prompt' has 2048 tokens"),
         ({"prompt": [[1]] * 200}, "at most 128 prompts at once, got 200"),
         ({"prompt": ["a"] * 20, "n": 20}, "at most 128 answers at once"),
         ({"prompt": "a", "max_tokens": 0}, "only with echo=true"),
@@ -668,7 +679,6 @@ def test_bodies_that_are_too_large(server):
 
 
 def test_other_paths(server):
-    assert server.post(b'{"model": "someone/else"}', "/load_model")[0] == 404
     for path in ("/reset", "/v1/responses", "/v1/audio/transcriptions", "/nothing"):
         status, answer = server.post(b'{"model": "someone/else"}', path)
         assert status == 404 and path in answer["error"]["message"]
@@ -791,7 +801,6 @@ def guarded_port(monkeypatch):
     monkeypatch.setattr(http_guard, "SECONDS", 0.5)
     monkeypatch.setattr(http_guard, "SECONDS_TO_READ", 0.5)
     monkeypatch.setattr(http_guard, "MAX_IDLE", 20)
-    monkeypatch.setattr(http_guard.Connection.wait, "__defaults__", (0.5,))
     sent = []
 
     async def app(scope, receive, send):
