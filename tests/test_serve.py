@@ -1092,6 +1092,32 @@ def test_cached_answers_are_the_same(model, tiny_tokenizer):
     with_cache.close()
 
 
+def test_continuous_batching_shares_prefixes(model, monkeypatch):
+    """The library's: whole blocks of tokens with which an earlier prompt began are not computed again."""
+    computed, forward = [], model.transformer.forward
+
+    def counted(*args, **kwargs):
+        computed.append(kwargs["input_ids"].numel())
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(model.transformer, "forward", counted)
+    engine, prompt = Batched(model, 4096), [i % 5000 + 100 for i in range(1000)]
+
+    async def ask() -> list[int]:
+        engine.start()
+        totals = []
+        for ids in (prompt, [*prompt, 200, 201]):
+            computed.clear()
+            async for _ in engine.tokens(ids, Sampling(2)):
+                pass
+            totals.append(sum(computed))
+        await asyncio.to_thread(engine.close)
+        return totals
+
+    first, second = asyncio.run(ask())
+    assert first >= 1000 and second < 300
+
+
 class TestPrefixCache:
     @staticmethod
     def filled(length: int) -> DynamicCache:
@@ -1168,3 +1194,12 @@ def test_text_ends_before_the_first_stop(tiny_tokenizer, text, stops):
 def test_bytes_of_tokens(tiny_tokenizer):
     ids = tiny_tokenizer("Hello 你好 😀 é", add_special_tokens=False)["input_ids"]
     assert b"".join(token_bytes(tiny_tokenizer, id) for id in ids).decode() == " Hello 你好 😀 é"
+
+
+@pytest.mark.timeout(600)
+def test_benchmark_runs(shared, tmp_path):
+    command = [sys.executable, "-m", "benchmarks.serving", "--quick", "--work", str(tmp_path)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    for row in json.loads(result.stdout)["rows"]:
+        assert row["one by one"]["tokens_s"] > 0 and row["continuous batching"]["first_token_s"] > 0
