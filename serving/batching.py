@@ -14,6 +14,8 @@ from .shapes import Token
 
 
 BLOCK = 256  # tokens: what the library divides its cache into
+LAST = "last"  # the request that precedes the end of the library's loop
+SECONDS_TO_END = 10
 
 
 class Batched(Engine):
@@ -38,7 +40,7 @@ class Batched(Engine):
         self.generation_config = GenerationConfig(
             do_sample=True, temperature=0.8, top_p=0.8, top_k=50, eos_token_id=eos_ids(model), pad_token_id=0
         )
-        self.manager, self.thread = None, None
+        self.manager, self.thread, self.is_empty = None, None, threading.Event()
         self.routes: dict[str, tuple[Any, asyncio.Queue]] = {}  # request: its manager, and where its outputs go
 
     def start(self):
@@ -46,6 +48,7 @@ class Batched(Engine):
         if self.manager is not None and self.manager.is_running():
             return
         self.close()
+        self.is_empty.clear()
         self.manager = self.model.init_continuous_batching(self.generation_config, self.config)
         self.manager.start()
         arguments = (self.manager, asyncio.get_running_loop())
@@ -53,12 +56,18 @@ class Batched(Engine):
         self.thread.start()
 
     def close(self):
-        if self.manager is not None:
-            for request in self.routes:
-                self.manager.cancel_request(request)
-            self.manager.stop(block=True)
-            self.thread.join()
-            self.manager = None
+        if self.manager is None:
+            return
+        for request in list(self.routes):
+            self.manager.cancel_request(request)
+        if self.manager.is_running():
+            # Until 5.16 a loop that is stopped with requests in it never ends, and forgets what was cancelled. It has
+            # come to the cancellations when it has answered another request.
+            self.manager.add_request([0], request_id=LAST, max_new_tokens=1)
+            self.is_empty.wait(SECONDS_TO_END)
+        self.manager.stop(block=True)
+        self.thread.join()
+        self.manager = None
 
     def deliver(self, manager, loop: asyncio.AbstractEventLoop):
         """Runs in a thread while the manager does."""
@@ -73,7 +82,10 @@ class Batched(Engine):
                     outputs.put_nowait(None)
 
         for output in manager:
-            loop.call_soon_threadsafe(put, output)
+            if output.request_id == LAST:
+                self.is_empty.set()
+            else:
+                loop.call_soon_threadsafe(put, output)
         if not loop.is_closed():
             loop.call_soon_threadsafe(end)
 

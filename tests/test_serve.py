@@ -1119,6 +1119,28 @@ def test_continuous_batching_shares_prefixes(model, monkeypatch):
     assert first >= 1000 and second < 300
 
 
+def test_continuous_batching_ends_with_requests_in_it(model):
+    """Also where they were cancelled just before."""
+    engine = Batched(model, 4096)
+
+    async def ask():
+        async for _ in engine.tokens(list(range(100, 200)), Sampling(1500, temperature=2.0)):
+            pass
+
+    async def end():
+        engine.start()
+        tasks = [asyncio.create_task(ask()) for _ in range(4)]
+        await asyncio.sleep(1)
+        for task in tasks[:2]:
+            task.cancel()
+        await asyncio.sleep(0)
+        await asyncio.wait_for(asyncio.to_thread(engine.close), 20)
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    asyncio.run(end())
+    assert engine.running == 0
+
+
 class TestPrefixCache:
     @staticmethod
     def filled(length: int) -> DynamicCache:
