@@ -135,12 +135,12 @@ class Connection(H11Protocol):
         self.is_lost = True
         super().connection_lost(error)
 
-    def wait(self, seconds: float = SECONDS):
+    def wait(self, seconds: float | None = None):
         """From now on a request, or the rest of one, is waited for."""
         self.is_busy()
         if self.is_lost:
             return
-        self.idle[self] = asyncio.get_running_loop().call_later(seconds, self.transport.abort)
+        self.idle[self] = asyncio.get_running_loop().call_later(seconds or SECONDS, self.transport.abort)
         if len(self.idle) > MAX_IDLE:
             next(iter(self.idle)).transport.abort()
 

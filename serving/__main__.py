@@ -15,7 +15,8 @@ from pathlib import Path
 from examples.http_guard import add_server_options, listen, run
 from examples.load_model import add_model_options, at_least, load_model
 
-from .generation import Batched, OneByOne
+from .batching import Batched
+from .generation import OneByOne
 from .server import Defaults, Service, build_app
 
 

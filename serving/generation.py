@@ -1,15 +1,10 @@
 """
-Tokens for requests, in two ways: `OneByOne` calls `generate` for one request after the other, `Batched` has the library's
-continuous batching answer all at once.
-
-Both have `tokens(prompt, sampling)`, an asynchronous generator. Closing it ends the generation.
+Tokens for requests: what an `Engine` is, and `OneByOne`, which calls `generate` for one request after the other. The other
+engine is in batching.py.
 """
 
 import asyncio
-import functools
-import importlib.util
 import threading
-import uuid
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -19,31 +14,23 @@ import torch
 import transformers
 from packaging.version import Version
 from transformers import (
-    ContinuousBatchingConfig,
     DynamicCache,
-    GenerationConfig,
-    LogitsProcessor,
     LogitsProcessorList,
     RepetitionPenaltyLogitsProcessor,
     SequenceBiasLogitsProcessor,
-    StoppingCriteria,
     StoppingCriteriaList,
 )
-from transformers.generation.streamers import BaseStreamer
-
-from examples.http_errors import ApiError
 
 from .prefix_cache import PrefixCache
+from .processors import IsSet, Penalties, Recorder, Satisfiable, Streamer, score
 from .shapes import Token
 
 
 # What `generate` and `forward` call the KV cache
 CACHE = "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"
-CHUNK = (
-    1024  # tokens of a prompt that are encoded at a time; between chunks it is seen whether the client is still there
-)
+# Tokens of a prompt that are encoded at a time. Between chunks a client that has gone is noticed.
+CHUNK = 1024
 SCORED_CHUNK = 256  # where all logits are needed: 65,024 numbers for each token
-BLOCK = 256  # tokens: what the library divides the cache of continuous batching into
 GREEDY_BELOW = 1e-3  # temperatures and top_p: divided by less, scores overflow
 
 
@@ -85,16 +72,17 @@ def context_length(config) -> int:
     return config.seq_length
 
 
-def eos_ids(model) -> list[int]:
-    eos = model.generation_config.eos_token_id
-    return eos if isinstance(eos, list) else [eos]
-
-
 class Engine:
-    """What both ways have in common. `waiting` and `running` count requests."""
+    """
+    Generates tokens for requests.
 
-    limit: int  # tokens of prompt and answer together
+    Attributes:
+        limit: How many tokens prompt and answer can have together.
+        waiting, running: How many answers are.
+    """
+
     limit_name = "context"
+    why_unsupported = ""
 
     def __init__(self, model):
         self.model, self.limit = model, context_length(model.config)
@@ -107,15 +95,12 @@ class Engine:
         """Ends all threads."""
 
     def unsupported(self, sampling: Sampling) -> str | None:
-        """Returns the name of a parameter that this way cannot follow."""
+        """Returns the name of a parameter that this engine cannot follow; `why_unsupported` says why."""
         return None
 
-    async def tokens(self, prompt: list[int], sampling: Sampling) -> AsyncIterator[Started | Token]:
+    def tokens(self, prompt: list[int], sampling: Sampling) -> AsyncIterator[Started | Token]:
+        """Yields `Started`, and the tokens as they come, the one that ends the text too. Closing it ends the generation."""
         raise NotImplementedError
-        yield
-
-
-# One by one
 
 
 class Cancelled(Exception):
@@ -127,6 +112,8 @@ class OneByOne(Engine):
     Args:
         cache_tokens: How many tokens of earlier dialogues are kept in caches; 0: none.
     """
+
+    why_unsupported = "with a P-Tuning prefix or RoPE that depends on the length: leave it out"
 
     def __init__(self, model, cache_tokens: int = 0):
         super().__init__(model)
@@ -250,209 +237,3 @@ class OneByOne(Engine):
             **options,
         )
         return output[0].tolist()
-
-
-class Streamer(BaseStreamer):
-    """Sends the tokens of `generate`, without the prompt, which comes first."""
-
-    def __init__(self, send: Callable, recorder: "Recorder | None", alternatives: int | None):
-        self.send, self.recorder, self.alternatives = send, recorder, alternatives
-        self.is_prompt = True
-
-    def put(self, value: torch.Tensor):
-        if self.is_prompt:
-            self.is_prompt = False
-            return
-        id = int(value.reshape(-1)[0])
-        self.send(Token(id) if self.recorder is None else score(self.recorder.logprobs, id, self.alternatives))
-
-    def end(self):
-        pass
-
-
-class IsSet(StoppingCriteria):
-    """Ends generation once the event is set."""
-
-    def __init__(self, event: threading.Event):
-        self.event = event
-
-    def __call__(self, input_ids, scores, **kwargs) -> torch.BoolTensor:
-        return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
-
-
-class Recorder(LogitsProcessor):
-    """Keeps the log probabilities of the next token, `[vocab]`, as the model has them."""
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        self.logprobs = scores[0].float().log_softmax(-1)
-        return scores
-
-
-class Penalties(LogitsProcessor):
-    """OpenAI's frequency and presence penalties, on the tokens of the answer."""
-
-    def __init__(self, prompt_length: int, frequency: float, presence: float):
-        self.prompt_length, self.frequency, self.presence = prompt_length, frequency, presence
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        counts = torch.bincount(input_ids[0, self.prompt_length :], minlength=scores.shape[-1])
-        return scores - self.frequency * counts - self.presence * (counts > 0)
-
-
-class Satisfiable(LogitsProcessor):
-    """Sees that a grammar has left a token to choose: a schema may ask for what no text can be."""
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        if not torch.isfinite(scores).any():
-            raise ApiError(400, "No text follows the schema.", "response_format", "invalid_value")
-        return scores
-
-
-def score(logprobs: torch.Tensor, id: int, alternatives: int) -> Token:
-    """
-    Args:
-        logprobs: Log probabilities, `[vocab]`.
-    """
-    top = logprobs.topk(alternatives)
-    return Token(id, float(logprobs[id]), dict(zip(top.indices.tolist(), top.values.tolist())))
-
-
-# Grammars
-
-
-class Grammars:
-    """Compiles the grammars of `response_format`, by xgrammar, which is optional."""
-
-    is_installed = importlib.util.find_spec("xgrammar") is not None
-
-    def __init__(self, model, tokenizer):
-        self.model, self.tokenizer = model, tokenizer
-
-    @functools.cached_property
-    def compiler(self):
-        import xgrammar
-
-        size, special = self.model.config.padded_vocab_size, set(self.tokenizer.all_special_ids)
-        pieces = ["" if i in special else self.tokenizer.convert_ids_to_tokens(i) for i in range(size)]
-        kind = xgrammar.VocabType.BYTE_FALLBACK
-        info = xgrammar.TokenizerInfo(pieces, kind, vocab_size=size, stop_token_ids=eos_ids(self.model))
-        return xgrammar.GrammarCompiler(info, max_threads=1, cache_limit_bytes=64 << 20)
-
-    def compile(self, schema: str | None):
-        """
-        Args:
-            schema: A JSON schema; None: any JSON object.
-
-        Raises:
-            RuntimeError: If the schema is not one that xgrammar can follow.
-        """
-        # Without free white space, of which a model may write nothing but.
-        return self.compiler.compile_json_schema(schema or '{"type": "object"}', any_whitespace=False)
-
-
-# All at once
-
-
-class Batched(Engine):
-    """
-    Args:
-        cache_tokens: Of the cache that all requests share; None: as many as the library sees room for.
-    """
-
-    def __init__(self, model, cache_tokens: int | None = None):
-        super().__init__(model)
-        if model.config.pre_seq_len:
-            raise ValueError("Continuous batching has no place for a P-Tuning prefix (pre_seq_len).")
-        options = {}
-        if cache_tokens is not None:
-            options = dict(num_blocks=-(-cache_tokens // BLOCK), max_batch_tokens=512)
-            if options["num_blocks"] * BLOCK < self.limit:
-                self.limit, self.limit_name = options["num_blocks"] * BLOCK, "cache (--cache-tokens)"
-        self.config = ContinuousBatchingConfig(per_request_processors=True, **options)
-        # Other values than the library's defaults, so that there is a processor for each, with which requests have their own
-        self.generation_config = GenerationConfig(
-            do_sample=True, temperature=0.8, top_p=0.8, top_k=50, eos_token_id=eos_ids(model), pad_token_id=0
-        )
-        self.manager, self.thread = None, None
-        self.routes: dict[str, tuple[Any, asyncio.Queue]] = {}  # request: its manager, and where its outputs go
-
-    def start(self):
-        """Starts the library's loop, or another after an error has ended it."""
-        if self.thread is not None and self.thread.is_alive():
-            return
-        self.close()
-        self.manager = self.model.init_continuous_batching(self.generation_config, self.config)
-        self.manager.start()
-        arguments = (self.manager, asyncio.get_running_loop())
-        self.thread = threading.Thread(target=self.deliver, args=arguments, daemon=True)
-        self.thread.start()
-
-    def close(self):
-        if self.manager is not None:
-            for request in self.routes:
-                self.manager.cancel_request(request)
-            self.manager.stop(block=True)
-            self.thread.join()
-            self.manager = None
-
-    def deliver(self, manager, loop: asyncio.AbstractEventLoop):
-        """Runs in a thread while the manager does."""
-
-        def put(output):
-            if output.request_id in self.routes:  # else it was cancelled
-                self.routes[output.request_id][1].put_nowait(output)
-
-        def end():
-            for of_manager, outputs in self.routes.values():
-                if of_manager is manager:
-                    outputs.put_nowait(None)
-
-        for output in manager:
-            loop.call_soon_threadsafe(put, output)
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(end)
-
-    def unsupported(self, sampling: Sampling) -> str | None:
-        asked = {
-            "seed": sampling.seed is not None and not sampling.is_greedy,
-            "min_p": sampling.min_p,
-            "frequency_penalty": sampling.frequency_penalty,
-            "presence_penalty": sampling.presence_penalty,
-            "repetition_penalty": sampling.repetition_penalty != 1,
-            "logit_bias": sampling.logit_bias,
-            "logprobs": sampling.alternatives is not None,
-            "response_format": sampling.grammar is not None,
-        }
-        return next((name for name, is_asked in asked.items() if is_asked), None)
-
-    async def tokens(self, prompt: list[int], sampling: Sampling) -> AsyncIterator[Started | Token]:
-        yield Started()
-        if not sampling.max_new_tokens:
-            return
-        self.start()
-        request, manager, outputs, received, is_finished = uuid.uuid4().hex, self.manager, asyncio.Queue(), 0, False
-        self.routes[request] = manager, outputs
-        self.running += 1
-        try:
-            manager.add_request(
-                prompt,
-                request_id=request,
-                streaming=True,
-                max_new_tokens=sampling.max_new_tokens,
-                temperature=1.0 if sampling.is_greedy else float(sampling.temperature),
-                top_p=1.0 if sampling.is_greedy else float(sampling.top_p),
-                top_k=1 if sampling.is_greedy else sampling.top_k or self.model.config.padded_vocab_size,
-            )
-            while not is_finished:
-                output = await outputs.get()
-                if output is None or output.error is not None:
-                    raise RuntimeError(f"Continuous batching failed: {output.error if output else 'it has ended'}")
-                is_finished = output.is_finished()
-                for id in output.generated_tokens[received:]:
-                    yield Token(id)
-                received = len(output.generated_tokens)
-        finally:
-            self.running -= 1
-            del self.routes[request]
-            if not is_finished:
-                manager.cancel_request(request)

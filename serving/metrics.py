@@ -27,9 +27,6 @@ class Metrics:
             gauge = Gauge(f"chatglm_answers_{name}", f"Answers that are {name}", registry=registry)
             gauge.set_function(lambda name=name: getattr(engine, name))
 
-    def clock(self) -> "Clock":
-        return Clock(self)
-
 
 class CountRequests:
     """ASGI middleware that counts answers by path and status."""
@@ -48,10 +45,15 @@ class CountRequests:
 
 
 class Clock:
-    """Observes when the tokens of one answer come."""
+    """
+    Observes when the tokens of one answer come.
 
-    def __init__(self, metrics: Metrics):
-        self.metrics, self.last, self.is_first = metrics, time.perf_counter(), True
+    Args:
+        arrival: When its request came.
+    """
+
+    def __init__(self, metrics: Metrics, arrival: float):
+        self.metrics, self.last, self.is_first = metrics, arrival, True
 
     def tick(self):
         now = time.perf_counter()

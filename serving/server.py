@@ -19,9 +19,10 @@ from pydantic.json_schema import models_json_schema
 
 from examples.http_errors import INTERNAL, ApiError, answer_errors, parse
 
-from .generation import Engine, Grammars, Sampling, Started, eos_ids
-from .metrics import CountRequests, Metrics
-from .shapes import ChatAnswer, ChatRequest, Piece, SamplingRequest, TextAnswer, TextRequest, Token, Usage
+from .generation import Engine, Sampling, Started
+from .metrics import Clock, CountRequests, Metrics
+from .processors import Grammars, eos_ids
+from .shapes import ChatAnswer, ChatRequest, ModelRequest, Piece, SamplingRequest, TextAnswer, TextRequest, Token, Usage
 from .text import TextBuilder, token_bytes
 
 
@@ -52,6 +53,7 @@ class Job:
     samplings: list[Sampling]
     echoes: list[str]  # what the answers begin with
     usage: Usage = field(default_factory=Usage)
+    arrival: float = 0.0  # by time.perf_counter
 
 
 class Service:
@@ -96,10 +98,8 @@ class Service:
             echoes = [self.echo(request, prompt, ids) for prompt, ids in zip(request.prompt, prompts)]
         samplings = [self.sampling(request, len(prompt)) for prompt in prompts]
         if (name := self.engine.unsupported(samplings[0])) is not None:
-            message = f"Unsupported parameter: '{name}', the way that this server was started. "
-            raise ApiError(
-                400, message + "Leave it out, or start it without --continuous-batching.", name, "unsupported_parameter"
-            )
+            message = f"Unsupported parameter: '{name}' is not available {self.engine.why_unsupported}."
+            raise ApiError(400, message, name, "unsupported_parameter")
         answer_type, prefix = (ChatAnswer, "chatcmpl") if is_chat else (TextAnswer, "cmpl")
         answer = answer_type(
             f"{prefix}-{uuid.uuid4().hex}", self.name, lambda id: token_bytes(self.tokenizer, id), request.alternatives
@@ -162,8 +162,8 @@ class Service:
         limit, what = self.engine.limit, self.engine.limit_name
         if tokens >= limit:
             message = (
-                f"This model's maximum {what} length is {limit} tokens, of which one is for the answer; your {param} have "
-                f"{how}{tokens} tokens. Shorten them."
+                f"This model's maximum {what} length is {limit} tokens, of which at least one is for the answer. "
+                f"'{param}' has {how}{tokens} tokens: shorten it."
             )
             raise ApiError(400, message, param, "context_length_exceeded")
 
@@ -219,13 +219,14 @@ class Service:
         if "json" not in request.headers.get("content-type", ""):
             # A page of another site can send a body without a type without being asked.
             raise ApiError(415, "The body must be JSON, and say so: Content-Type: application/json.")
-        body = await request.body()
+        arrival, body = time.perf_counter(), await request.body()
         job = await asyncio.get_running_loop().run_in_executor(self.encoder, self.prepare, kind, body)
+        job.arrival = arrival
         self.metrics.prompt_tokens.inc(job.usage.prompt_tokens)
         if job.request.stream:
             headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nginx would wait for all of it
             return StreamingResponse(self.events(job), media_type="text/event-stream", headers=headers)
-        wholes = [Piece(i, echo, []) for i, echo in enumerate([""] * len(job.prompts))]
+        wholes = [Piece(i, "", []) for i in range(len(job.prompts))]
         async with aclosing(self.pieces(job)) as pieces:
             async for piece in pieces:
                 whole = wholes[piece.index]
@@ -286,7 +287,7 @@ class Service:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def pieces_of(self, job: Job, index: int) -> AsyncIterator[Piece]:
-        prompt, sampling, clock = job.prompts[index], job.samplings[index], self.metrics.clock()
+        prompt, sampling, clock = job.prompts[index], job.samplings[index], Clock(self.metrics, job.arrival)
         # A text goes on where its prompt ends; a chat's answer begins by itself.
         before = prompt if isinstance(job.request, TextRequest) else ()
         builder, reason = TextBuilder(self.tokenizer, job.request.stop, before), "length"
@@ -294,7 +295,8 @@ class Service:
         async with aclosing(self.engine.tokens(prompt, sampling)) as tokens:
             async for token in tokens:
                 if isinstance(token, Started):
-                    job.usage.cached_tokens += token.cached_tokens
+                    if index % job.request.n == 0:  # a prompt counts once
+                        job.usage.cached_tokens += token.cached_tokens
                     self.metrics.cached_tokens.inc(token.cached_tokens)
                     if job.echoes[index] or token.prompt:
                         yield Piece(index, job.echoes[index], token.prompt)
@@ -361,7 +363,7 @@ def build_app(service: Service) -> FastAPI:
     @app.post("/load_model", include_in_schema=False)
     async def load_model(request: Request):
         """`transformers chat` asks for this first. The model is there already, and no other can be loaded."""
-        service.check_model(str((await request.json()).get("model", "")))
+        service.check_model(parse(ModelRequest, await request.body()).model)
         return StreamingResponse(
             iter(['data: {"status": "ready", "cached": true}\n\n']), media_type="text/event-stream"
         )

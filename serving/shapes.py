@@ -148,8 +148,11 @@ class ResponseFormat(Shape):
         return self
 
 
-class SamplingRequest(Shape):
+class ModelRequest(Shape):
     model: str = ""
+
+
+class SamplingRequest(ModelRequest):
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     n: int = Field(1, ge=1, le=MAX_CHOICES)

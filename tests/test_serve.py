@@ -34,8 +34,10 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk  # noqa: E402
 from examples import http_guard  # noqa: E402
 from examples.http_errors import INTERNAL  # noqa: E402
 from serving import __main__ as command  # noqa: E402
-from serving.generation import Batched, OneByOne, Penalties, Sampling, Started  # noqa: E402
+from serving.batching import Batched  # noqa: E402
+from serving.generation import OneByOne, Sampling, Started  # noqa: E402
 from serving.prefix_cache import MIN_PREFIX, PrefixCache  # noqa: E402
+from serving.processors import Penalties  # noqa: E402
 from serving.server import Defaults, Service, build_app  # noqa: E402
 from serving.shapes import Token  # noqa: E402
 from serving.text import TextBuilder, token_bytes  # noqa: E402
@@ -92,8 +94,8 @@ class Server:
         after = process.cpu_times()
         return after.user + after.system - before.user - before.system
 
-    def stop(self, how=signal.SIGTERM):
-        self.process.send_signal(how)
+    def stop(self):
+        self.process.terminate()
         self.process.wait(30)
         self.reader.join(10)
         assert "Traceback" not in "".join(self.said), "".join(self.said)
@@ -151,6 +153,14 @@ def test_models(server):
     assert error.value.code == "model_not_found"
     with pytest.raises(openai.NotFoundError, match="'gpt-4' does not exist here; 'tiny' does"):
         server.ask(model="gpt-4")
+
+
+def test_load_model(server):
+    """What `transformers chat` asks for first. Nothing is loaded."""
+    answer = server.send("POST", "/load_model", b'{"model": "tiny"}', **JSON)
+    assert json.loads(answer.read().decode().removeprefix("data: ")) == {"status": "ready", "cached": True}
+    assert server.post(b'{"model": "someone/else"}', "/load_model")[0] == 404
+    assert server.post(b"[]", "/load_model")[0] == 400
 
 
 def test_trailing_slashes_and_head(server):
@@ -319,6 +329,7 @@ def test_n_answers(server):
     completion = server.ask("Tell me a story.", **options)
     texts = [choice.message.content for choice in completion.choices]
     assert [choice.index for choice in completion.choices] == [0, 1, 2] and len(set(texts)) > 1
+    assert completion.usage.prompt_tokens_details.cached_tokens <= completion.usage.prompt_tokens
     if not server.batching:
         again = server.ask("Tell me a story.", stream=True, **options)
         streamed = ["", "", ""]
@@ -574,7 +585,7 @@ def test_bad_requests(one_by_one, options, param, code, message):
         ({"prompt": []}, "must be at least 1 long"),
         ({"prompt": [8064]}, "token ids outside 0 to 8063"),
         ({"prompt": [-1]}, "token ids outside 0 to 8063"),
-        ({"prompt": [36] * 2048}, "your prompt have 2048 tokens"),
+        ({"prompt": [36] * 2048}, "'prompt' has 2048 tokens"),
         ({"prompt": [[1]] * 200}, "at most 128 prompts at once, got 200"),
         ({"prompt": ["a"] * 20, "n": 20}, "at most 128 answers at once"),
         ({"prompt": "a", "max_tokens": 0}, "only with echo=true"),
@@ -668,7 +679,6 @@ def test_bodies_that_are_too_large(server):
 
 
 def test_other_paths(server):
-    assert server.post(b'{"model": "someone/else"}', "/load_model")[0] == 404
     for path in ("/reset", "/v1/responses", "/v1/audio/transcriptions", "/nothing"):
         status, answer = server.post(b'{"model": "someone/else"}', path)
         assert status == 404 and path in answer["error"]["message"]
@@ -791,7 +801,6 @@ def guarded_port(monkeypatch):
     monkeypatch.setattr(http_guard, "SECONDS", 0.5)
     monkeypatch.setattr(http_guard, "SECONDS_TO_READ", 0.5)
     monkeypatch.setattr(http_guard, "MAX_IDLE", 20)
-    monkeypatch.setattr(http_guard.Connection.wait, "__defaults__", (0.5,))
     sent = []
 
     async def app(scope, receive, send):
@@ -883,13 +892,14 @@ def test_the_end(how, mode):
         half.sendall(b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\nhalf")
         time.sleep(0.2)
         start = time.monotonic()
-        server.stop(how)
-        assert time.monotonic() - start < 10
-        half.close()
+        server.process.send_signal(how)
         *_, last, done, _ = stream.read().decode().split("\n\n")
+        assert time.monotonic() - start < 5
         assert done == "data: [DONE]" and "shutting down" in last
         status, answer = whole.result()
         assert status == 503 and "shutting down" in answer["error"]["message"]
+        server.stop()
+        half.close()
 
 
 @pytest.mark.parametrize("batching", [False, True])
@@ -1083,6 +1093,54 @@ def test_cached_answers_are_the_same(model, tiny_tokenizer):
     with_cache.close()
 
 
+def test_continuous_batching_shares_prefixes(model, monkeypatch):
+    """The library's: whole blocks of tokens with which an earlier prompt began are not computed again."""
+    computed, forward = [], model.transformer.forward
+
+    def counted(*args, **kwargs):
+        computed.append(kwargs["input_ids"].numel())
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(model.transformer, "forward", counted)
+    engine, prompt = Batched(model, 4096), [i % 5000 + 100 for i in range(1000)]
+
+    async def ask() -> list[int]:
+        engine.start()
+        totals = []
+        for ids in (prompt, [*prompt, 200, 201]):
+            computed.clear()
+            async for _ in engine.tokens(ids, Sampling(2)):
+                pass
+            totals.append(sum(computed))
+        await asyncio.to_thread(engine.close)
+        return totals
+
+    first, second = asyncio.run(ask())
+    assert first >= 1000 and second < 300
+
+
+def test_continuous_batching_ends_with_requests_in_it(model):
+    """Also where they were cancelled just before."""
+    engine = Batched(model, 4096)
+
+    async def ask():
+        async for _ in engine.tokens(list(range(100, 200)), Sampling(1500, temperature=2.0)):
+            pass
+
+    async def end():
+        engine.start()
+        tasks = [asyncio.create_task(ask()) for _ in range(4)]
+        await asyncio.sleep(1)
+        for task in tasks[:2]:
+            task.cancel()
+        await asyncio.sleep(0)
+        await asyncio.wait_for(asyncio.to_thread(engine.close), 20)
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    asyncio.run(end())
+    assert engine.running == 0
+
+
 class TestPrefixCache:
     @staticmethod
     def filled(length: int) -> DynamicCache:
@@ -1159,3 +1217,12 @@ def test_text_ends_before_the_first_stop(tiny_tokenizer, text, stops):
 def test_bytes_of_tokens(tiny_tokenizer):
     ids = tiny_tokenizer("Hello 你好 😀 é", add_special_tokens=False)["input_ids"]
     assert b"".join(token_bytes(tiny_tokenizer, id) for id in ids).decode() == " Hello 你好 😀 é"
+
+
+@pytest.mark.timeout(600)
+def test_benchmark_runs(shared, tmp_path):
+    command = [sys.executable, "-m", "benchmarks.serving", "--quick", "--work", str(tmp_path)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    for row in json.loads(result.stdout)["rows"]:
+        assert row["one by one"]["tokens_s"] > 0 and row["continuous batching"]["first_token_s"] > 0
