@@ -18,7 +18,7 @@ from common.settings import check_settings, rows_fingerprint, weights_fingerprin
 from conftest import ROOT, TINY
 
 
-FOLDERS = ("common", "training", "evaluation", "conversion", "examples")
+FOLDERS = ("common", "training", "evaluation", "conversion", "examples", "serving")
 
 
 def imported(path) -> set[str]:
