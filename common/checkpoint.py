@@ -71,12 +71,15 @@ def load(auto_class, name: str | Path, may_lack: tuple[str, ...] = (), **options
 def without_loading_report() -> Iterator[None]:
     """Keeps the library from listing, over many lines, what `load` says in one."""
     reporter = logging.get_logger("transformers.modeling_utils")
-    level = reporter.level
-    reporter.setLevel(logging.ERROR)
+
+    def is_no_report(record) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    reporter.addFilter(is_no_report)
     try:
         yield
     finally:
-        reporter.setLevel(level)
+        reporter.removeFilter(is_no_report)
 
 
 def load_tokenizer(name: str | Path, **options):

@@ -17,10 +17,12 @@ def plain_errors(extra: str):
     Args:
         extra: The extra of setup.cfg that brings the packages that the command needs.
     """
+    ours = {}
     if threading.current_thread() is threading.main_thread():
         for name in ("SIGTERM", "SIGHUP"):  # SIGHUP is not on Windows; one that nohup ignores stays ignored
-            if hasattr(signal, name) and signal.getsignal(getattr(signal, name)) is signal.SIG_DFL:
-                signal.signal(getattr(signal, name), end)
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+                ours[number] = signal.signal(number, end)
     try:
         yield
     except (ValueError, OSError, MemoryError, FloatingPointError, SafetensorError) as error:
@@ -29,6 +31,9 @@ def plain_errors(extra: str):
         raise SystemExit(f"{one_line(error)}. pip install -e '.[{extra}]'") from error
     except KeyboardInterrupt:
         raise SystemExit(128 + signal.SIGINT) from None
+    finally:
+        for number, handler in ours.items():
+            signal.signal(number, handler)
 
 
 def end(number: int, frame):

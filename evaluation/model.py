@@ -45,12 +45,14 @@ class EvaluatedModel(HFLM):
         return len(self.tok_encode(text))
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
+        # By default with the prefix that every input begins with. The harness leaves it out if the text begins with the
+        # text of the end-of-text token, which is empty here: `decode` leaves special tokens out.
+        key = (string, add_special_tokens is None or add_special_tokens)
         # The harness would ask the tokenizer twice for each of four choices of the same prompt.
-        key = (string, add_special_tokens)
         if key not in self._encoded:
             if len(self._encoded) > 256:
                 self._encoded.clear()
-            self._encoded[key] = super().tok_encode(string, add_special_tokens, **kwargs)
+            self._encoded[key] = super().tok_encode(*key, **kwargs)
         return list(self._encoded[key])
 
     @property

@@ -4,21 +4,24 @@ import ast
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
-from transformers import GlmForCausalLM
+from transformers import AutoModel, GlmForCausalLM
 
 from common import checkpoint, glm, package
 from common.errors import one_line, plain_errors
 from common.files import new_file, new_folder, only_run, read_json, write_json
 from common.settings import check_settings, rows_fingerprint, weights_fingerprint
-from conftest import ROOT, TINY
+from conftest import ROOT, SMALL, TINY
 
 
 FOLDERS = ("common", "training", "evaluation", "conversion", "examples", "serving")
+OTHERS = {*FOLDERS, "benchmarks", "tests"}
 
 
 def imported(path) -> set[str]:
@@ -35,9 +38,7 @@ def imported(path) -> set[str]:
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_folders_import_only_common(folder):
     """Not each other, nor the tests; and what they share imports none of them."""
-    others = {*FOLDERS, "benchmarks", "tests"} - {folder, "common"}
-    if folder == "common":
-        others = {*FOLDERS, "benchmarks", "tests"} - {"common"}
+    others = OTHERS - {folder} - ({"common"} if folder != "common" else set())
     for path in (ROOT / folder).glob("*.py"):
         assert not {name for name in imported(path) if name.split(".")[0] in others}, path
 
@@ -176,6 +177,8 @@ def test_fingerprints(tmp_path):
     changed[4995]["a"] = 0
     assert rows_fingerprint(rows) == rows_fingerprint([dict(row) for row in rows])
     assert len({rows_fingerprint(r) for r in (rows, rows[:-1], changed, rows[1:], [])}) == 5
+    same = [{"a": 0}] * 6000
+    assert rows_fingerprint(same[:5001]) != rows_fingerprint(same[:5004])  # of which 1,001 are looked at
     for name in ("b.bin", "a.safetensors", "config.json"):
         (tmp_path / name).write_text(name)
     before = weights_fingerprint(tmp_path)
@@ -206,6 +209,23 @@ def test_expected_errors_are_one_line(error, message):
     assert "\n" not in one_line(error)
 
 
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_signals_end_the_command_by_an_exception(name):
+    """And afterwards are what they were."""
+    number = getattr(signal, name)
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as exit, plain_errors("conversion"):
+        os.kill(os.getpid(), number)
+        time.sleep(5)
+    assert exit.value.code == 128 + number and signal.getsignal(number) is before
+    signal.signal(number, signal.SIG_IGN)  # as nohup does
+    try:
+        with plain_errors("conversion"):
+            os.kill(os.getpid(), number)
+    finally:
+        signal.signal(number, before)
+
+
 def test_unexpected_errors_keep_their_traceback():
     with pytest.raises(AssertionError), plain_errors("conversion"):
         raise AssertionError
@@ -233,6 +253,19 @@ def test_files_of_weights(tmp_path):
     (tmp_path / "2.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
     with pytest.raises(ValueError, match="2.safetensors is a Git LFS pointer.*git lfs pull"):
         checkpoint.weight_files(tmp_path)
+
+
+def test_unused_weights_are_one_line(small_model, write_checkpoint, tmp_path, logs):
+    """Which the library lists in a table; what else it logs stays."""
+    weights = small_model().state_dict() | {"transformer.extra": torch.zeros(2)}
+    folder = write_checkpoint(tmp_path / "a", SMALL, weights)
+    checkpoint.load(AutoModel, folder)
+    assert [record.getMessage() for record in logs.records if record.levelname == "WARNING"] == [
+        f"{folder} has transformer.extra, which the model does not use."
+    ]
+    logs.clear()
+    AutoModel.from_pretrained(folder, trust_remote_code=True)
+    assert "LOAD REPORT" in logs.text
 
 
 def test_names_of_many():

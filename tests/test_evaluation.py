@@ -257,12 +257,19 @@ def test_prompts_get_fewer_examples_where_the_context_is_small(folder):
 # The model
 
 
+class PlainHarness(HFLM):
+    """The harness's own model, with the prefix that every input begins with (see `EvaluatedModel.tok_encode`)."""
+
+    def tok_encode(self, string, add_special_tokens=None, **kwargs):
+        return super().tok_encode(string, add_special_tokens is None or add_special_tokens, **kwargs)
+
+
 @pytest.mark.parametrize("suite, subject", [("mmlu", "anatomy"), ("ceval", "law"), ("bbh", "navigate")])
 @pytest.mark.parametrize("mode", protocol.PROTOCOLS)
 def test_same_results_as_the_plain_harness(folder, tiny, suite, subject, mode):
     """Shared prefixes, batches that shrink and logits in few places change nothing."""
     results = []
-    for lm in (EvaluatedModel(*tiny, batch_size=3), HFLM(pretrained=tiny[0], tokenizer=tiny[1], batch_size=2)):
+    for lm in (EvaluatedModel(*tiny, batch_size=3), PlainHarness(pretrained=tiny[0], tokenizer=tiny[1], batch_size=2)):
         task = build(suite, subject, mode, str(folder))
         if task.config.generation_kwargs:
             task.config.generation_kwargs["max_gen_toks"] = 40
@@ -284,7 +291,7 @@ def test_prefix_of_ptuning(folder, tmp_path, tiny, suite, mode, capsys):
     results = []
     for lm in (
         EvaluatedModel(loaded, tokenizer, batch_size=2),
-        HFLM(pretrained=prefix, tokenizer=tokenizer, batch_size=1),
+        PlainHarness(pretrained=prefix, tokenizer=tokenizer, batch_size=1),
     ):
         task = build(suite, SOME[suite][0], mode, str(folder))
         if task.config.generation_kwargs:
@@ -313,7 +320,9 @@ def test_likelihoods_equal_those_of_the_plain_harness(tiny):
     ]
     requests = [Instance("loglikelihood", {}, pair, 0) for pair in pairs]
     ours = EvaluatedModel(*tiny, batch_size=4).loglikelihood(requests)
-    theirs = HFLM(pretrained=tiny[0], tokenizer=tiny[1], batch_size=2).loglikelihood(requests, disable_tqdm=True)
+    theirs = PlainHarness(pretrained=tiny[0], tokenizer=tiny[1], batch_size=2).loglikelihood(
+        requests, disable_tqdm=True
+    )
     assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
     assert torch.allclose(torch.tensor([x for x, _ in ours]), torch.tensor([x for x, _ in theirs]), atol=1e-3)
 
@@ -335,6 +344,35 @@ def test_batches_that_do_not_fit_are_halved(folder, tiny, monkeypatch):
     most = 0
     with pytest.raises(MemoryError, match="--quantization int4"):
         run.run_task(build("mmlu", "anatomy", "base", str(folder)), lm, limit=2)
+
+
+def test_requests_of_a_task_are_all_counted(folder, tiny):
+    """What the progress bar expects is what the model says that it has done."""
+    for suite, mode in (("mmlu", "chat"), ("mmlu", "base"), ("bbh", "chat")):
+        task = build(suite, SOME[suite][0], mode, str(folder))
+        if task.config.generation_kwargs:
+            task.config.generation_kwargs["max_gen_toks"] = 4
+        done = []
+        lm = EvaluatedModel(*tiny, batch_size=3, progress=done.append)
+        expected = run.requests_of(task, lm, 4)
+        run.run_task(task, lm, limit=4)
+        assert sum(done) == expected == {"chat": 20, "base": 16}[mode] - 16 * (suite == "bbh")
+
+
+def test_settings_have_all_that_results_depend_on(folder, tmp_path):
+    options = command(folder, tmp_path / "out")
+    before = run.settings_of(run.parse_args(options))
+    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+    (tmp_path / "a.tsv").write_text("a\t1")
+    for option, value in (
+        ("--ptuning_checkpoint", tmp_path), ("--protocol", "base"), ("--quantization", "int4"), ("--limit", 3),
+        ("--data", tmp_path), ("--gsm8k_zh", tmp_path / "a.tsv"), ("--text", tmp_path / "a.tsv"), ("--dtype", "bfloat16"),
+        ("--device", "meta"), ("--model", ROOT / "docs"),
+    ):  # fmt: skip
+        changed = run.settings_of(run.parse_args([*options, option, str(value)]))
+        assert changed != before and changed.keys() == before.keys()
+        differ = {name for name in before if changed[name] != before[name]} - {"weights"}
+        assert differ == {option.removeprefix("--")}
 
 
 def test_perplexity(tiny):

@@ -212,7 +212,7 @@ def test_only_declared_packages_are_seen(assembled):
 def test_undeclared_import_is_found(copy):
     """pytest is installed here, but users have what setup.cfg says."""
     code = copy / "tokenization_chatglm.py"
-    code.write_text(code.read_text().replace("import os\n", "import os\nimport pytest\n", 1))
+    code.write_text(code.read_text().replace("\nimport ", "\nimport pytest\nimport ", 1))
     with pytest.raises(ValueError, match="pytest"):
         hub.validate(copy)
 
