@@ -49,6 +49,8 @@ class InvalidScoreLogitsProcessor(LogitsProcessor):
         eos_token_id (`int`): The token that ends a row.
     """
 
+    supports_continuous_batching = True  # it looks at the scores alone
+
     def __init__(self, eos_token_id: int):
         self.eos_token_id = eos_token_id
 

@@ -14,7 +14,7 @@ from torch import nn
 from transformers.utils import logging
 
 from .quantization_cpu import SCALE_TYPES, cpu_dequantize, cpu_library, cpu_linear, keep_choices, kept_choices
-from .quantization_gpu import HAS_TRITON, gpu_linear
+from .quantization_gpu import HAS_TRITON, gpu_linear, gpu_linear_backward
 
 
 logger = logging.get_logger(__name__)
@@ -204,6 +204,9 @@ def quantized_linear_backward(
     grad_output: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int
 ) -> torch.Tensor:
     """The gradient of `quantized_linear` for x: `grad_output @ weight`, for grad_output `[..., out]`."""
+    if grad_output.device.type == "cuda" and HAS_TRITON and grad_output.numel() > 0 and not is_traced(grad_output):
+        rows = grad_output.reshape(-1, len(weight))
+        return gpu_linear_backward(rows, weight, scale, bits).view(*grad_output.shape[:-1], -1)
     if grad_output.dtype != torch.float32 or grad_output.device.type != "cpu" or is_traced(grad_output):
         return grad_output @ dequantize_weight(weight, scale, bits).to(grad_output.dtype)
     rows = grad_output.reshape(grad_output.shape[:-1].numel(), weight.shape[0])

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import shutil
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -144,7 +145,8 @@ def check_names(files: list[Path], model) -> dict[str, torch.Tensor]:
     """
     found = {name: tensor.to("meta") for path in files for name, tensor in read_file(path)}
     found = {name: tensor for name, tensor in found.items() if not name.endswith("rotary_pos_emb.inv_freq")}
-    expected = model.state_dict()
+    # In the model the head of a classifier is called score, in files classifier_head, as published.
+    expected = {re.sub(r"^score\.", "classifier_head.", name): tensor for name, tensor in model.state_dict().items()}
     optional = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
     for what, names in (
         ("lack", expected.keys() - found.keys() - optional),

@@ -16,9 +16,9 @@ from contextlib import aclosing
 from fastapi import FastAPI, Request
 from pydantic import BaseModel, Field
 
-from examples.http_errors import ApiError, answer_errors, parse
-from examples.http_guard import add_server_options, listen, run
-from examples.load_model import add_model_options, iterate_in_threads, load_model
+from common.http_errors import ApiError, answer_errors, parse
+from common.http_guard import add_server_options, listen, run
+from common.load_model import add_model_options, iterate_in_threads, load_model
 
 
 # As published, what is null, missing or 0 has these values.

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 import torch
 
 from common.errors import plain_errors
-from examples.load_model import add_model_options, at_least, load_model
+from common.load_model import add_model_options, at_least, load_model
 
 
 try:

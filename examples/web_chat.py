@@ -18,8 +18,8 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # nothing is sent an
 
 import gradio as gr
 
-from examples.http_guard import listen
-from examples.load_model import add_model_options, at_least, iterate_in_threads, load_model
+from common.http_guard import listen
+from common.load_model import add_model_options, at_least, iterate_in_threads, load_model
 
 
 DELIMITERS = [("$$", "$$", True), ("\\[", "\\]", True), ("\\(", "\\)", False), ("$", "$", False)]

@@ -12,8 +12,8 @@ One request at a time, in order; with --continuous-batching all at once, on a pa
 import argparse
 from pathlib import Path
 
-from examples.http_guard import add_server_options, listen, run
-from examples.load_model import add_model_options, at_least, load_model
+from common.http_guard import add_server_options, listen, run
+from common.load_model import add_model_options, at_least, load_model
 
 from .batching import Batched
 from .generation import OneByOne

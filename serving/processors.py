@@ -9,7 +9,7 @@ import torch
 from transformers import LogitsProcessor, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from examples.http_errors import ApiError
+from common.http_errors import ApiError
 
 from .shapes import Token
 

@@ -17,7 +17,7 @@ from jinja2 import TemplateError
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic.json_schema import models_json_schema
 
-from examples.http_errors import INTERNAL, ApiError, answer_errors, parse
+from common.http_errors import INTERNAL, ApiError, answer_errors, parse
 
 from .generation import Engine, Sampling, Started
 from .metrics import Clock, CountRequests, Metrics

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError, from_json
 
-from examples.http_errors import ApiError, type_of
+from common.http_errors import ApiError, type_of
 
 
 MAX_CHOICES = 128  # answers of one request: prompts times n

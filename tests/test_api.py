@@ -14,7 +14,8 @@ from conftest import TINY
 
 pytest.importorskip("fastapi")
 httpx = pytest.importorskip("httpx")
-from examples import api, http_guard  # noqa: E402
+from common import http_guard  # noqa: E402
+from examples import api  # noqa: E402
 
 
 @pytest.fixture(scope="module")

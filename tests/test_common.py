@@ -20,8 +20,8 @@ from common.settings import check_settings, rows_fingerprint, weights_fingerprin
 from conftest import ROOT, SMALL, TINY
 
 
-FOLDERS = ("common", "training", "evaluation", "conversion", "examples")
-OTHERS = {*FOLDERS, "serving", "benchmarks", "tests"}
+FOLDERS = ("common", "training", "evaluation", "conversion", "examples", "serving")
+OTHERS = {*FOLDERS, "benchmarks", "tests"}
 
 
 def imported(path) -> set[str]:

@@ -31,8 +31,8 @@ import httpx  # noqa: E402
 from openai.types import Completion, CompletionUsage  # noqa: E402
 from openai.types.chat import ChatCompletion, ChatCompletionChunk  # noqa: E402
 
-from examples import http_guard  # noqa: E402
-from examples.http_errors import INTERNAL  # noqa: E402
+from common import http_guard  # noqa: E402
+from common.http_errors import INTERNAL  # noqa: E402
 from serving import __main__ as command  # noqa: E402
 from serving.batching import Batched  # noqa: E402
 from serving.generation import OneByOne, Sampling, Started  # noqa: E402

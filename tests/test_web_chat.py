@@ -22,8 +22,8 @@ pytest.importorskip("gradio")
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
+from common.http_guard import listen  # noqa: E402
 from examples import web_chat  # noqa: E402
-from examples.http_guard import listen  # noqa: E402
 
 
 pytestmark = pytest.mark.xdist_group("web_chat")

@@ -21,8 +21,8 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from examples.http_errors import error_response
-from examples.load_model import at_least
+from common.http_errors import error_response
+from common.load_model import at_least
 
 
 SECONDS = 30  # for the headers of a request, for its body, and between requests
