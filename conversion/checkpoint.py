@@ -166,6 +166,25 @@ def check_names(files: list[Path], model) -> dict[str, torch.Tensor]:
     return found
 
 
+def published_name(name: str) -> str:
+    """Returns what a tensor of the model is called in its files."""
+    return re.sub(r"^score\.", "classifier_head.", name)
+
+
+def as_published(tensors: Iterable[tuple[str, torch.Tensor]], config) -> Iterator[tuple[str, torch.Tensor]]:
+    """
+    Yields tensors by their published names, and `inv_freq` as `save_pretrained` writes it: nothing reads it, but programs
+    that compare checkpoints (mergekit) expect it.
+    """
+    dtype = None
+    for name, tensor in tensors:
+        dtype = dtype or (tensor.dtype if tensor.is_floating_point() else None)
+        yield published_name(name), tensor
+    rotary = product("modeling_chatglm.RotaryEmbedding")
+    inv_freq, _ = rotary.compute_default_rope_parameters(config, device="cpu")
+    yield "transformer.rotary_pos_emb.inv_freq", inv_freq.to(dtype)
+
+
 def with_progress(
     files: list[Path], names: Mapping[str, torch.Tensor], doing: str
 ) -> Iterator[tuple[str, torch.Tensor]]:

@@ -19,7 +19,7 @@ from common.files import new_folder, read_json
 from common.glm import fuse_query_key_value, glm_names
 from common.package import ROOT, product
 
-from .checkpoint import check_names, meta_model, with_progress, write_package, write_weights
+from .checkpoint import as_published, check_names, meta_model, with_progress, write_package, write_weights
 
 
 def chatglm_config(folder: Path) -> tuple[GlmConfig, dict]:
@@ -88,7 +88,7 @@ def convert(model: Path, output: Path):
     chatglm = meta_model(product("configuration_chatglm.ChatGLMConfig").from_dict(fields))
     with new_folder(output) as folder:
         write_package(folder, model, fields, settings=())  # GLM's tokenizer has other names
-        write_weights(folder, chatglm_tensors(files, names, chatglm))
+        write_weights(folder, as_published(chatglm_tensors(files, names, chatglm), chatglm.config))
 
 
 def main(argv=None):

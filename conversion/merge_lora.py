@@ -18,7 +18,7 @@ from common.checkpoint import check_folder
 from common.errors import plain_errors
 from common.files import new_folder
 
-from .checkpoint import Checkpoint, meta_model, write_package, write_weights
+from .checkpoint import Checkpoint, as_published, meta_model, write_package, write_weights
 
 
 ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -53,7 +53,7 @@ def convert(adapter: Path, output: Path, model: Path | None = None):
             merged = PeftModel.from_pretrained(base, adapter).merge_and_unload(progressbar=True, safe_merge=True)
         except (RuntimeError, SafetensorError) as error:  # torch's, of shapes, or of a damaged file
             raise ValueError(f"{adapter} does not fit {model}: {error}") from error
-        write_weights(folder, merged.state_dict().items())
+        write_weights(folder, as_published(merged.state_dict().items(), checkpoint.config))
 
 
 def main(argv=None):

@@ -17,7 +17,7 @@ from common.errors import plain_errors
 from common.files import new_folder
 from common.package import TINY, module_of, product
 
-from .checkpoint import Checkpoint, meta_model, write_package, write_weights
+from .checkpoint import Checkpoint, as_published, meta_model, write_package, write_weights
 
 
 # Of the calibration text so much is used: what docs/quantize.md asks for
@@ -79,10 +79,11 @@ def convert(model: Path, output: Path, bits: int, calibration: Path | None = Non
     with new_folder(output) as folder:
         write_package(folder, model, {**checkpoint.config_dict, **changed})
         if calibration is None:
-            write_weights(folder, quantized_tensors(checkpoint, layers, config.scale_search))
+            tensors = quantized_tensors(checkpoint, layers, config.scale_search)
         else:
             loaded = type(empty).from_pretrained(model).eval().quantize(bits, calibration=ids, **options)
-            write_weights(folder, loaded.state_dict().items())
+            tensors = loaded.state_dict().items()
+        write_weights(folder, as_published(tensors, checkpoint.config))
 
 
 def main(argv=None):

@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicCache
 
 from common.errors import plain_errors
 from common.files import new_folder
-from common.package import TINY
+from common.package import CACHE, TINY
 
 from .checkpoint import SETTINGS, Checkpoint, is_language_model, meta_model
 
@@ -32,11 +32,10 @@ class Step(torch.nn.Module):
 
     def forward(self, input_ids, attention_mask, position_ids, past):
         cache = DynamicCache([tuple(layer) for layer in past])
-        output = self.model.transformer(
-            input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=cache, use_cache=True
-        )
+        options = {"attention_mask": attention_mask, "position_ids": position_ids, CACHE: cache, "use_cache": True}
+        output = self.model.transformer(input_ids, **options)
         logits = self.model.transformer.output_layer(output.last_hidden_state)
-        return logits, [[layer.keys, layer.values] for layer in output.past_key_values.layers]
+        return logits, [[layer.keys, layer.values] for layer in getattr(output, CACHE).layers]
 
 
 def export(model, path: Path):

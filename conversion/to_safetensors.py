@@ -3,7 +3,7 @@ Rewrites a checkpoint's `.bin` files as safetensors, tensor by tensor: the model
 
     python -m conversion.to_safetensors --model path/to/chatglm2-6b --output chatglm2-6b-safetensors
 
-The values are the same to the bit; `inv_freq`, which is computed, is left out. The output is a whole checkpoint, with this
+The values are the same to the bit; `inv_freq`, which nothing reads, is computed. The output is a whole checkpoint, with this
 package's code. Quantized checkpoints are taken too.
 """
 
@@ -14,14 +14,15 @@ from common.errors import plain_errors
 from common.files import new_folder
 from common.package import TINY
 
-from .checkpoint import SHARD_BYTES, Checkpoint, write_package, write_weights
+from .checkpoint import SHARD_BYTES, Checkpoint, as_published, write_package, write_weights
 
 
 def convert(model: Path, output: Path, shard_bytes: int = SHARD_BYTES):
     checkpoint = Checkpoint(model)
     with new_folder(output) as folder:
         write_package(folder, model, checkpoint.config_dict)
-        write_weights(folder, checkpoint.tensors("Writing safetensors"), shard_bytes)
+        tensors = as_published(checkpoint.tensors("Writing safetensors"), checkpoint.config)
+        write_weights(folder, tensors, shard_bytes)
 
 
 def main(argv=None):

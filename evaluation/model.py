@@ -17,6 +17,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import DynamicCache
 from transformers.utils import logging
 
+from common.package import CACHE
+
 
 logger = logging.get_logger(__name__)
 
@@ -38,8 +40,6 @@ class EvaluatedModel(HFLM):
     def __init__(self, model, tokenizer, batch_size: int = 16, progress: Callable[[int], None] = lambda n: None):
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, backend="causal")
         self.progress = progress
-        # A P-Tuning prefix is put in by the first forward: there is nothing to share before it, or to go on from.
-        self.has_prefix = getattr(model.config, "pre_seq_len", None) is not None
 
     def count_tokens(self, text: str) -> int:
         return len(self.tok_encode(text))
@@ -113,9 +113,8 @@ class EvaluatedModel(HFLM):
                 len(batch), -1
             )
             with torch.inference_mode():
-                logits = self.model(
-                    ids, position_ids=positions, past_key_values=cache, use_cache=cache is not None, logits_to_keep=keep
-                ).logits
+                options = {CACHE: cache, "use_cache": cache is not None, "logits_to_keep": keep}
+                logits = self.model(ids, position_ids=positions, **options).logits
             for row, rest, scores in zip(batch, rests, logits):
                 for i in rows[row]:
                     continuation = torch.tensor(requests[i][2], device=self.device)
@@ -199,10 +198,10 @@ class EvaluatedModel(HFLM):
         while left:
             room = limit - max(ids.shape[1] - begins[i] for i in left)
             output = self.model.generate(
-                ids, attention_mask=mask, past_key_values=cache, do_sample=False, pad_token_id=pad, eos_token_id=eos,
-                max_new_tokens=room if self.has_prefix else min(STEPS, room), return_dict_in_generate=True,
+                ids, attention_mask=mask, do_sample=False, pad_token_id=pad, eos_token_id=eos,
+                max_new_tokens=min(STEPS, room), return_dict_in_generate=True, **{CACHE: cache},
             )  # fmt: skip
-            ids, cache = output.sequences, output.past_key_values
+            ids, cache = output.sequences, getattr(output, CACHE)
             generated = [row[begins[i] :] for i, row in zip(left, ids.tolist())]
             texts = self.tokenizer.batch_decode(generated, skip_special_tokens=True)
             kept = []
@@ -234,7 +233,7 @@ class EvaluatedModel(HFLM):
         """
         rows = sorted(rows, key=lambda row: (-len(row), row))
         prefix = common_prefix(rows, room)
-        if len(rows) == 1 or len(prefix) < LEAST_PREFIX or self.has_prefix:
+        if len(rows) == 1 or len(prefix) < LEAST_PREFIX:
             prefix = ()
         start = 0
         shared = None
@@ -267,10 +266,11 @@ class EvaluatedModel(HFLM):
     def _encode_prefix(self, prefix: tuple) -> DynamicCache:
         """By `generate`, which makes this model's cache one that grows in place."""
         ids = torch.tensor([prefix], device=self.device)
-        return self.model.generate(
+        output = self.model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sample=False, return_dict_in_generate=True,
             pad_token_id=self.tokenizer.pad_token_id,
-        ).past_key_values  # fmt: skip
+        )  # fmt: skip
+        return getattr(output, CACHE)
 
 
 def common_prefix(rows: list[tuple], room: int) -> tuple:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GlmForCausalLM
@@ -37,8 +38,14 @@ def logits(model, ids=IDS):
         return model(ids).logits
 
 
+INV_FREQ = "transformer.rotary_pos_emb.inv_freq"
+
+
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return {name: t for path in sorted(folder.glob("*.safetensors")) for name, t in load_file(path).items()}
+    """What the files hold but `inv_freq`, which nothing reads."""
+    found = {name: t for path in sorted(folder.glob("*.safetensors")) for name, t in load_file(path).items()}
+    found.pop(INV_FREQ, None)
+    return found
 
 
 def assert_same_bytes(a: dict, b: dict):
@@ -60,7 +67,7 @@ def test_classifier_keeps_the_published_name_of_its_head(chatglm, small_model, w
 
 def write_bin(folder: Path, state_dict: dict, shards: int = 2):
     """As published: `.bin` shards, an index, and float16 `inv_freq`."""
-    state_dict = {**state_dict, "transformer.rotary_pos_emb.inv_freq": torch.zeros(2).half()}
+    state_dict = {**state_dict, INV_FREQ: torch.zeros(2).half()}
     names = sorted(state_dict)
     files = {
         name: f"pytorch_model-{1 + i * shards // len(names):05d}-of-{shards:05d}.bin" for i, name in enumerate(names)
@@ -116,7 +123,7 @@ def test_glm_batch(tiny, tiny_tokenizer, tiny_glm):
 
 def test_glm_and_back(tiny_glm, tmp_path):
     from_glm.convert(tiny_glm, tmp_path / "back")
-    assert (tmp_path / "back/model.safetensors").read_bytes() == (TINY / "model.safetensors").read_bytes()
+    assert_same_bytes(weights(tmp_path / "back"), weights(TINY))
     tokenizer, original = (AutoTokenizer.from_pretrained(p, trust_remote_code=True) for p in (tmp_path / "back", TINY))
     assert tokenizer.build_prompt("你好") == original.build_prompt("你好") and tokenizer("你好") == original("你好")
     config, original = (AutoConfig.from_pretrained(p, trust_remote_code=True) for p in (tmp_path / "back", TINY))
@@ -218,13 +225,48 @@ def test_safetensors(small_model, write_checkpoint, tmp_path):
     files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
     assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
     assert all((tmp_path / "out" / file).stat().st_size < 22_000 for file in files)
-    assert_same_bytes(weights(tmp_path / "out"), model.state_dict())  # without inv_freq
+    assert_same_bytes(weights(tmp_path / "out"), model.state_dict())
     index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
-    assert index["metadata"]["total_size"] == sum(t.nbytes for t in model.state_dict().values())
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in model.state_dict().values()) + 2 * 4  # inv_freq
     assert all(name in load_file(tmp_path / "out" / file) for name, file in index["weight_map"].items())
     loaded = load(tmp_path / "out", AutoModel)
     assert torch.equal(logits(loaded), logits(model))
     assert (tmp_path / "out/config.json").stat().st_mode & 0o777 == (tmp_path / "out" / files[0]).stat().st_mode & 0o777
+
+
+def test_files_are_those_of_save_pretrained(tiny_glm, adapter, tmp_path):
+    """Also `inv_freq`, which nothing reads but programs that compare checkpoints."""
+    saved = {}
+    for name, model in (("float", load(TINY)), ("int8", load(TINY).quantize(8))):
+        model.save_pretrained(tmp_path / name)
+        saved[name] = load_file(tmp_path / name / "model.safetensors")
+    to_safetensors.convert(TINY, tmp_path / "a")
+    from_glm.convert(tiny_glm, tmp_path / "b")
+    quantize.convert(TINY, tmp_path / "c", bits=8)
+    merge_lora.convert(adapter[0], tmp_path / "d", TINY)
+    for output, name in (("a", "float"), ("b", "float"), ("c", "int8")):
+        assert_same_bytes(load_file(tmp_path / output / "model.safetensors"), saved[name])
+    merged = load_file(tmp_path / "d/model.safetensors")
+    assert merged.keys() == saved["float"].keys() and torch.equal(merged[INV_FREQ], saved["float"][INV_FREQ])
+
+
+@pytest.mark.parametrize("kind", ["SequenceClassification", "TokenClassification"])
+def test_classifiers(chatglm, small_model, tmp_path, kind):
+    """Their head keeps the published name, whatever it is called in the model."""
+    name = f"ChatGLMFor{kind}"
+    if not hasattr(chatglm, name):
+        pytest.skip(f"There is no {name}.")
+    model = small_model(model_class=getattr(chatglm, name), num_labels=3)
+    model.save_pretrained(tmp_path / "source")
+    (tmp_path / "source/tokenizer.model").write_bytes((TINY / "tokenizer.model").read_bytes())
+    for output, convert in (("a", to_safetensors.convert), ("b", lambda *paths: quantize.convert(*paths, bits=8))):
+        convert(tmp_path / "source", tmp_path / output)
+        assert "classifier_head.weight" in load_file(tmp_path / output / "model.safetensors")
+        auto_class = getattr(transformers, f"AutoModelFor{kind}")
+        loaded, found = auto_class.from_pretrained(tmp_path / output, trust_remote_code=True, output_loading_info=True)
+        assert not found["missing_keys"] and not found["unexpected_keys"]
+        assert torch.equal(loaded.score.weight, model.score.weight)
+    assert_same_bytes(weights(tmp_path / "a"), weights(tmp_path / "source"))
 
 
 def test_safetensors_of_the_published_folder(small_model, shared, tmp_path):
