@@ -105,7 +105,7 @@ def test_glm_says_the_same(tiny, tiny_tokenizer, tiny_glm):
         assert torch.equal(inputs["input_ids"], expected["input_ids"])
         options = dict(do_sample=False, max_new_tokens=30)
         assert torch.equal(model.generate(**inputs, **options), tiny.generate(**expected, **options))
-    text = "The sop of 中文 <n>\n\n12345"
+    text = "The sop of 中文, eop of people <n>\n\n12345"
     assert tokenizer(text)["input_ids"] == tiny_tokenizer(text)["input_ids"]
     assert tokenizer.decode(tokenizer(text)["input_ids"], skip_special_tokens=True) == text
     assert (tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.padding_side) == (2, 0, "left")
@@ -232,6 +232,18 @@ def test_safetensors(small_model, write_checkpoint, tmp_path):
     loaded = load(tmp_path / "out", AutoModel)
     assert torch.equal(logits(loaded), logits(model))
     assert (tmp_path / "out/config.json").stat().st_mode & 0o777 == (tmp_path / "out" / files[0]).stat().st_mode & 0o777
+
+
+def test_weights_in_files(tmp_path):
+    """Tied weights are written twice; a tensor larger than a file has one to itself; files are as large as may be."""
+    tied, large = torch.arange(4.0), torch.arange(100.0)
+    tensors = [("large", large), ("a", tied), ("b", tied), ("c", tied + 1), ("large2", large)]
+    checkpoint.write_weights(tmp_path, tensors, shard_bytes=48)
+    files = {path.name: load_file(path) for path in sorted(tmp_path.glob("*.safetensors"))}
+    assert [list(held) for held in files.values()] == [["large"], ["a", "b", "c"], ["large2"]]
+    assert all(torch.equal(weights(tmp_path)[name], tensor) for name, tensor in tensors)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == {name: file for file, held in files.items() for name in held}
 
 
 def test_files_are_those_of_save_pretrained(tiny_glm, adapter, tmp_path):

@@ -254,6 +254,17 @@ def test_prompts_get_fewer_examples_where_the_context_is_small(folder):
     assert task.shots == Counter({0: 1}) and task.cut == 1
 
 
+def test_prompts_get_as_many_examples_as_fit(folder):
+    counts = []
+    for room in range(20, 1000, 20):
+        task = build("gsm8k", None, "base", str(folder))
+        task.fit(lambda text: len(text.split()), context=512 + room)
+        prompt = first_request(task, Oracle(True)).args[0]
+        assert len(prompt.split()) <= room
+        counts.append(prompt.count("The answer is"))
+    assert counts == sorted(counts) and set(counts) == set(range(9))
+
+
 # The model
 
 
@@ -325,6 +336,22 @@ def test_likelihoods_equal_those_of_the_plain_harness(tiny):
     )
     assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
     assert torch.allclose(torch.tensor([x for x, _ in ours]), torch.tensor([x for x, _ in theirs]), atol=1e-3)
+
+
+@pytest.mark.parametrize("batch_size", [2, 4])
+def test_answers_to_prompts_of_different_lengths(tiny, batch_size):
+    """Padded, with a shared beginning and without, they are those of each prompt alone."""
+    model, tokenizer = tiny
+    shared = "Translate the following sentences into Chinese, one after the other, and say nothing else: "
+    queries = ["你好", "Tell me a story about a dog.", *(shared + "I love you. " * n for n in (1, 3, 6))]
+    prompts = [tokenizer.build_prompt(query) for query in queries]
+    options = {"max_gen_toks": 40, "until": ["."], "do_sample": False}
+    requests = [Instance("generate_until", {}, (prompt, options), i) for i, prompt in enumerate(prompts)]
+    answers = EvaluatedModel(model, tokenizer, batch_size).generate_until(requests)
+    for prompt, answer in zip(prompts, answers):
+        inputs = tokenizer(prompt, return_tensors="pt")
+        output = model.generate(**inputs, do_sample=False, max_new_tokens=40)[0, inputs["input_ids"].shape[1] :]
+        assert answer == tokenizer.decode(output, skip_special_tokens=True).split(".")[0]
 
 
 def test_batches_that_do_not_fit_are_halved(folder, tiny, monkeypatch):

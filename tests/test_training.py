@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from datasets import Dataset
+from packaging import version
 from safetensors.torch import load_file, save_file
 from test_parallel import free_port
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
@@ -21,7 +23,7 @@ from trl import TrlParser
 from common.files import only_run
 from conftest import ROOT, SMALL, TINY
 from training import lora, options, predict, pretrain, ptuning, sft
-from training.data import DataArguments, encode_dialogue, encode_response
+from training.data import DataArguments, collator, encode_dialogue, encode_response
 from training.objective import MixedObjective
 from training.trainer import RecipeTrainer, last_checkpoint
 
@@ -501,6 +503,8 @@ def test_prefix_in_mixed_precision(start, data, tmp_path):
     plain = losses(run(ptuning, start, data, tmp_path / "a", "--pre_seq_len", "6"))
     mixed = losses(run(ptuning, start, data, tmp_path / "b", "--pre_seq_len", "6", "--bf16", "--dtype", "float16"))
     assert mixed == pytest.approx(plain, rel=5e-2)
+    (prefix,) = torch.load(tmp_path / "b/pytorch_model.bin", weights_only=True).values()
+    assert prefix.dtype == torch.float32  # which small steps need
 
 
 def test_wrong_tests_are_refused_before_training(start, data, tmp_path):
@@ -616,6 +620,16 @@ def test_weight_that_is_missing_is_named(start, data, tmp_path):
         run(sft, base, data, tmp_path / "out")
 
 
+def test_rows_are_padded_on_the_right(start):
+    """As the published script trains, to a multiple of 8; answers are padded on the left."""
+    _, tokenizer = options.load(options.ModelArguments(str(start)))
+    rows = [{"input_ids": list(range(300, 300 + n)), "labels": list(range(300, 300 + n))} for n in (3, 10)]
+    batch = collator(tokenizer, DataArguments())(rows)
+    assert batch["input_ids"][0].tolist() == [300, 301, 302] + [tokenizer.pad_token_id] * 13
+    assert batch["labels"][0].tolist() == [300, 301, 302] + [-100] * 13
+    assert batch["attention_mask"][0].tolist() == [1] * 3 + [0] * 13
+
+
 def test_half_precision_is_not_trained_on_a_cpu(start, data, tmp_path, logs):
     """Whose products of float16 are many times slower; unless it is asked for."""
     half = Path(shutil.copytree(start, tmp_path / "half"))
@@ -719,6 +733,8 @@ def test_scores():
         {"rouge-1": 100, "rouge-2": 100, "rouge-l": 100, "bleu-4": 100}, abs=1e-3
     )
     assert set(predict.score(["", "  "], ["好", "好"]).values()) == {0.0}
+    half = predict.score(["今天天气很好", "一"], ["今天天气很好", "二"])
+    assert half["rouge-1"] == half["rouge-l"] == pytest.approx(50, abs=1e-3) and 50 <= half["bleu-4"] < 60
     scores = predict.score(["今天天气非常不好"], ["今天天气非常好"])
     assert 0 < scores["rouge-2"] < scores["rouge-1"] < 100 and 0 < scores["bleu-4"] < 100
 
@@ -729,6 +745,10 @@ def test_two_processes_learn_as_one(engine, start, data, tmp_path):
     The same curve as one process with twice the batch. Accelerate has no FSDP on CPUs, so that here it is Transformers' own.
     """
     options = ["--model_name_or_path", str(start), "--train_file", data["pairs"], *STEPS, "--max_grad_norm", "0"]
+    if engine == "fsdp" and version.parse(transformers.__version__) < version.parse("5.23"):
+        with pytest.raises(SystemExit, match="--fsdp_size needs Transformers 5.23 or newer, this is 5"):
+            sft.main([*options, "--fsdp_size", "2"])
+        return
     expected = run(sft, start, data, tmp_path / "one", "--per_device_train_batch_size", "8", "--max_grad_norm", "0")
     options += ["--output_dir", str(tmp_path / "two"), "--per_device_train_batch_size", "4"]
     if "zero" in engine:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+import transformers
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, TrainingArguments
 from transformers.utils import logging
@@ -63,6 +64,19 @@ class ModelArguments(ModelConfig):
             raise ValueError(f"quantization_bit must be 4 or 8, got {self.quantization_bit}.")
         if self.quantization_bit and (self.load_in_4bit or self.load_in_8bit):
             raise ValueError("quantization_bit and bitsandbytes' load_in_4bit or load_in_8bit exclude each other.")
+        if self.fsdp_size:
+            self.distributed_config()
+
+    def distributed_config(self):
+        """Returns what divides the model among `fsdp_size` processes; raises ValueError where the library cannot."""
+        try:
+            from transformers.distributed import DistributedConfig
+
+            return DistributedConfig(fsdp_size=self.fsdp_size)
+        except (ImportError, TypeError) as error:
+            raise ValueError(
+                f"--fsdp_size needs Transformers 5.23 or newer, this is {transformers.__version__}."
+            ) from error
 
     def check_trainable(self, what: str):
         """Raises ValueError if the weights are quantized, and so frozen."""
@@ -157,7 +171,5 @@ def load(
     if quantization is not None:
         options["quantization_config"] = quantization
     if args.fsdp_size:
-        from transformers.distributed import DistributedConfig
-
-        options["distributed_config"] = DistributedConfig(fsdp_size=args.fsdp_size)
+        options["distributed_config"] = args.distributed_config()
     return checkpoint.load(AutoModelForCausalLM, name, may_lack, config=config, **options), tokenizer
