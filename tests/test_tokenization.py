@@ -589,6 +589,27 @@ def test_model_of_another_kind(chatglm, tmp_path, kind, ids, error):
         chatglm.ChatGLMTokenizer(tmp_path / f"{kind}.model")
 
 
+def test_pieces_of_several_words(chatglm, tmp_path):
+    """Those of another model of ChatGLM2's kind may have spaces inside, across which words cannot be encoded apart."""
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["how are you", "how are they", "you are how"] * 20),
+        model_prefix=str(tmp_path / "words"),
+        vocab_size=300,
+        byte_fallback=True,
+        model_type="bpe",
+        split_by_whitespace=False,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    tokenizer = chatglm.ChatGLMTokenizer(tmp_path / "words.model")
+    sp = tokenizer.sp_model
+    assert any("▁" in piece[1:] for piece in sp.encode("how are you", out_type=str))
+    for text in ("how are you", "you  are they, how are", " are you"):
+        assert tokenizer.encode(text, add_special_tokens=False) == sp.encode(text)
+
+
 @pytest.mark.parametrize("text", ["a\ud800b", ["ok", "\udfff"], [PREFIX + "a\ud800"], [("a", "b\ud800")]])
 def test_lone_surrogates(tokenizer, text):
     with pytest.raises(ValueError, match="lone surrogate"):
