@@ -124,12 +124,19 @@ def test_decode_hides_special_tokens(tokenizer):
         assert tokenizer.decode([ids, [2], []], **skipped) == ["Hello", "", ""]
         assert tokenizer.batch_decode([ids, [2]], **skipped) == ["Hello", ""]
         assert tokenizer.batch_decode(torch.tensor([ids, ids]), **skipped) == ["Hello", "Hello"]
-        assert tokenizer.decode(2, **skipped) == ""
+        assert tokenizer.decode(torch.tensor(2), **skipped) == tokenizer.decode(0, **skipped) == ""
     assert tokenizer.decode(tokenizer("Hello")) == "Hello"
     assert tokenizer.decode(ids, skip_special_tokens=False) == shown
     assert tokenizer.batch_decode([ids], skip_special_tokens=False) == [shown]
-    assert tokenizer.decode(2, skip_special_tokens=False) == "</s>"
+    assert tokenizer.decode(0, skip_special_tokens=False) == "<unk>"
     assert tokenizer.batch_decode([]) == []
+
+
+def test_name_of_the_end_token(tokenizer):
+    """lm-eval leaves the prefix out of texts that begin with what this gives, as all do with an empty one."""
+    assert tokenizer.decode(tokenizer.eos_token_id) == "</s>"
+    assert tokenizer.decode(tokenizer.eos_token_id, skip_special_tokens=True) == ""
+    assert tokenizer.decode([tokenizer.eos_token_id]) == ""
 
 
 def test_words_are_no_tokens(tokenizer):
