@@ -24,6 +24,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton's kernels are defined
 
 from safetensors.torch import load_file, save_file
+from transformers import ContinuousBatchingConfig
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 
@@ -101,6 +102,14 @@ def small_model(chatglm):
         return model
 
     return build
+
+
+def generate_batch(model, prompts: list[list[int]], generation_config) -> list[list[int]]:
+    """Continuous batching, in a cache of a few blocks: on a CPU the library would take most of the memory."""
+    small = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=128)
+    outputs = model.generate_batch(prompts, generation_config, small, progress_bar=False)
+    outputs = sorted(outputs.values(), key=lambda output: int(output.request_id.split("_")[-1]))
+    return [output.generated_tokens for output in outputs]
 
 
 @pytest.fixture

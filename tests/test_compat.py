@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import DynamicCache, GenerationConfig, StaticCache, Trainer, TrainingArguments, pipeline
 
-from conftest import TINY
+from conftest import TINY, generate_batch
 
 
 GREEDY = dict(do_sample=False, max_new_tokens=6)
@@ -142,7 +142,7 @@ def test_library_passes_only_known_arguments(chatglm, small_model, tiny_tokenize
     )
     Trainer(small_model(), arguments, train_dataset=rows, eval_dataset=rows).train()
     config = GenerationConfig(do_sample=False, max_new_tokens=3, eos_token_id=-1, pad_token_id=0)
-    model.eval().generate_batch(inputs=ids.tolist(), generation_config=config, progress_bar=False)
+    generate_batch(model.eval(), ids.tolist(), config)
 
     language_model = chatglm.ChatGLMForConditionalGeneration.from_pretrained(TINY)
     pipeline("text-generation", model=language_model, tokenizer=tiny_tokenizer)("你好", max_new_tokens=2)

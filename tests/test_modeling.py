@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import DynamicCache, GlmConfig, GlmForCausalLM, LogitsProcessorList, StaticCache
 from transformers.cache_utils import DynamicLayer
 
-from conftest import SMALL
+from conftest import SMALL, generate_batch
 
 
 ATTENTION = ["eager", "sdpa", "flex_attention"]
@@ -554,12 +554,11 @@ def test_continuous_batching(small_model, lengths):
     from transformers import GenerationConfig
 
     config = GenerationConfig(do_sample=False, max_new_tokens=6, eos_token_id=-1, pad_token_id=0)
-    outputs = model.generate_batch(inputs=prompts, generation_config=config, progress_bar=False)
-    outputs = sorted(outputs.values(), key=lambda output: int(output.request_id.split("_")[-1]))
+    outputs = generate_batch(model, prompts, config)
     model.set_attn_implementation("sdpa")
     for prompt, output in zip(prompts, outputs):
         single = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=6, eos_token_id=None)
-        assert output.generated_tokens == single[0, len(prompt) :].tolist()
+        assert output == single[0, len(prompt) :].tolist()
 
 
 def test_compiled_equals_eager(small_model):
@@ -808,12 +807,11 @@ def test_prefix_with_continuous_batching(small_model, chatglm):
         with pytest.raises(ValueError, match="needs Transformers 5.24"):
             model(torch.tensor(prompts[:1]), cache=object(), position_ids=torch.arange(5)[None])
         return
-    outputs = model.generate_batch(inputs=prompts, generation_config=config, progress_bar=False)
-    outputs = sorted(outputs.values(), key=lambda output: int(output.request_id.split("_")[-1]))
+    outputs = generate_batch(model, prompts, config)
     model.set_attn_implementation("sdpa")
     for prompt, output in zip(prompts, outputs, strict=True):
         single = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=6, eos_token_id=None)
-        assert output.generated_tokens == single[0, len(prompt) :].tolist()
+        assert output == single[0, len(prompt) :].tolist()
 
 
 def test_prefix_with_flex_attention_is_refused(small_model):
