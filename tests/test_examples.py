@@ -50,6 +50,24 @@ def test_reads_a_pipe(tiny):
     assert output.split("\n") == [*first.split("\n"), *second.split("\n"), ""]
 
 
+def test_clear_forgets_the_dialogue(tiny):
+    model, tokenizer = tiny
+    name, question = "我叫小明", "我叫什么名字？"
+    unknown, _ = model.chat(tokenizer, question, do_sample=False)
+    assert run_chat(stdin=f"{name}\n{question}\n").strip().endswith("\n你叫小明。") and "小明" not in unknown
+    assert run_chat(stdin=f"{name}\nclear\n{question}\n").strip().endswith(f"\n{unknown}")
+
+
+def test_seed_gives_the_same_answer(monkeypatch, capsys):
+    answers = []
+    for seed in ("1", "1", "2", "3"):
+        options = ["--temperature", "2", "--seed", seed, "--max-length", "60", "--prompt", "Tell me a story."]
+        monkeypatch.setattr(sys, "argv", ["cli_chat", *options])
+        cli_chat.main()
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1] and len(set(answers)) == 3
+
+
 def test_query_that_is_too_long_is_said_and_the_dialogue_goes_on():
     output = run_chat(stdin="word " * 3000 + "\n你好\n")
     assert "Shorten it" in output and len(output.strip().splitlines()) >= 2
@@ -364,6 +382,7 @@ def test_markdown_is_rendered(monkeypatch):
     monkeypatch.setattr(cli_chat, "Console", lambda: recorded)
     with cli_chat.MarkdownDisplay() as display:
         display.show(text)
+        assert "\x1b" not in display.text  # which would command the terminal
     lines = [line.strip() for line in recorded.export_text().splitlines()]
     assert "一行" in lines and "a < b <div>" in lines and "<p>" in lines and "中文  1" in lines
     assert "```html" not in lines and "\x1b[2J" not in recorded.export_text()
