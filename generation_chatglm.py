@@ -93,7 +93,9 @@ class ChatGLMGenerationMixin(GenerationMixin):
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"prefill_chunk_size must be at least 1, got {chunk_size}.")
         starts_over = cache is not None and int(cache.get_seq_length()) > 0 and not CHUNKS_CONTINUE_A_CACHE
-        if starts_over or (chunk_size is None and self.needs_the_whole_prompt(generation_config, kwargs)):
+        if starts_over or (
+            chunk_size is None and self.needs_the_whole_prompt(max(lengths, default=0), generation_config, kwargs)
+        ):
             kwargs["prefill_chunk_size"] = None
         if ASSISTED_DECODING & kwargs.keys():
             empty_for_assisted_decoding(cache)
@@ -108,8 +110,8 @@ class ChatGLMGenerationMixin(GenerationMixin):
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)
         return name_cache_for_peft(inputs) if prepares_inputs_elsewhere(self) else inputs
 
-    def needs_the_whole_prompt(self, generation_config, kwargs: dict) -> bool:
-        """Whether a prompt cannot be encoded in chunks (`prefill_chunk_size`) with the same result and speed."""
+    def needs_the_whole_prompt(self, length: int, generation_config, kwargs: dict) -> bool:
+        """Whether a prompt of `length` tokens cannot be encoded in chunks with the same result, or should not be."""
 
         def setting(name: str):
             configs = (generation_config, self.generation_config)
@@ -127,8 +129,8 @@ class ChatGLMGenerationMixin(GenerationMixin):
             or self.config.rope_parameters["rope_type"] in ("dynamic", "longrope")
             # Ranks that shard the weights would wait for each other, if their prompts take different numbers of chunks
             or (torch.distributed.is_available() and torch.distributed.is_initialized())
-            # The library would compile each length of a chunk
-            or (is_static and (self.device.type != "cpu" or setting("compile_config") is not None))
+            # On a GPU the library would compile the forward for the length of each short prompt
+            or (is_static and length <= (setting("prefill_chunk_size") or PREFILL_CHUNK_SIZE))
             or prepares_inputs_elsewhere(self)  # PEFT would put its prompt before every chunk
         )
 
@@ -413,7 +415,7 @@ class ChatGLMGenerationMixin(GenerationMixin):
             crop_cache(cache, record.ids)
             cache.chat_record = record
             options[CACHE_NAME] = cache
-        if options.get("generation_config") is None and not self.needs_the_whole_prompt(None, options):
+        if options.get("generation_config") is None and not self.needs_the_whole_prompt(len(record.ids), None, options):
             options.setdefault("prefill_chunk_size", PREFILL_CHUNK_SIZE)
         input_ids = torch.tensor([record.ids], device=self.device)
         return record, {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}, options

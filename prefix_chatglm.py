@@ -19,6 +19,7 @@ class PrefixEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.prefix_projection = config.prefix_projection
+        self.kept: tuple[list, torch.Tensor] | None = None
         kv_size = config.num_layers * 2 * config.num_key_value_heads * config.kv_channels
         # As published, the embedding is as wide as the output even if an MLP follows.
         self.embedding = nn.Embedding(config.pre_seq_len, kv_size)
@@ -31,12 +32,26 @@ class PrefixEncoder(nn.Module):
         states = self.embedding(prefix)
         return self.trans(states) if self.prefix_projection else states
 
+    def states(self, device) -> torch.Tensor:
+        """
+        Returns the output for the whole prefix. That of the MLP, which takes as long as a step of decoding, is kept until
+        its weights change, except where gradients flow.
+        """
+        prefix = torch.arange(self.config.pre_seq_len, device=device)[None]
+        is_kept = self.prefix_projection and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if not is_kept or any(parameter.is_inference() for parameter in self.parameters()):
+            return self(prefix)
+        versions = [(parameter.data_ptr(), parameter._version) for parameter in self.parameters()]
+        if self.kept is None or self.kept[0] != versions:
+            self.kept = versions, self(prefix)
+        return self.kept[1]
+
     def keys_and_values(
         self, batch_size: int, device, dtype, dropout: nn.Module
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Returns (key, value) for each layer, `[batch, kv_heads, pre_seq_len, head_dim]`."""
         config = self.config
-        states = self(torch.arange(config.pre_seq_len, device=device)[None]).type(dtype)
+        states = self.states(device).type(dtype)
         states = states.view(
             1, config.pre_seq_len, 2 * config.num_layers, config.num_key_value_heads, config.kv_channels
         )

@@ -285,11 +285,14 @@ class ChatGLMTokenizer(TokenizersBackend):
 
     # Ids to text
 
-    def decode(self, token_ids, skip_special_tokens: bool = True, **kwargs) -> str | list[str]:
+    def decode(self, token_ids, skip_special_tokens: bool | None = None, **kwargs) -> str | list[str]:
         """
         Text of token ids, or the texts of a batch of them. Special tokens are left out, as in the published code, unless
-        `skip_special_tokens=False`.
+        `skip_special_tokens=False`. By default the one id (an `int`) of `bos_token` or `eos_token` is its name.
         """
+        # lm-eval asks for this name, to see whether a text begins with it: all texts begin with "".
+        is_name = isinstance(token_ids, int) and token_ids in (self.bos_token_id, self.eos_token_id)
+        is_shown = is_name if skip_special_tokens is None else not skip_special_tokens
         token_ids = to_py_obj(token_ids)
         if isinstance(token_ids, dict):
             token_ids = token_ids["input_ids"]
@@ -297,7 +300,6 @@ class ChatGLMTokenizer(TokenizersBackend):
             token_ids = [token_ids]
         if token_ids and isinstance(token_ids[0], (list, tuple)):
             return [self.decode(row, skip_special_tokens) for row in token_ids]
-        is_shown = skip_special_tokens is not None and not skip_special_tokens
         special, vocab_size = {*self.all_special_ids, *self.special_tokens.values()}, self.vocab_size
         text, run = "", []
         for i in token_ids:
@@ -309,7 +311,7 @@ class ChatGLMTokenizer(TokenizersBackend):
                 run.append(i)
         return text + self.sp_model.decode(run)
 
-    def batch_decode(self, sequences, skip_special_tokens: bool = True, **kwargs) -> list[str]:
+    def batch_decode(self, sequences, skip_special_tokens: bool | None = None, **kwargs) -> list[str]:
         """Texts of a batch of token ids, as `decode`."""
         if len(sequences) == 0:
             return []

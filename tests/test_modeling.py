@@ -777,6 +777,27 @@ def test_prefix_is_seen_whatever_the_cache(small_model, attn_implementation, opt
     assert int(output.past_key_values.get_seq_length()) == 9 + 3
 
 
+def test_projected_prefix_is_computed_once(small_model):
+    model = small_model(5, pre_seq_len=3, prefix_projection=True)
+    ids, calls = random_ids(model, 1, 6), []
+    model.transformer.prefix_encoder.trans.register_forward_hook(lambda *args: calls.append(1))
+    options = dict(
+        do_sample=False, max_new_tokens=5, eos_token_id=None, output_logits=True, return_dict_in_generate=True
+    )
+    output = model.generate(ids, **options)
+    assert len(calls) == 1
+    whole = model(output.sequences[:, :-1], use_cache=False)  # with gradients, and so computed
+    close(torch.stack(output.logits, dim=1), whole.logits[:, -5:])
+    assert len(calls) == 2 and whole.logits.requires_grad
+    with torch.no_grad():
+        model.transformer.prefix_encoder.trans[0].bias.add_(1.0)
+        changed = model(ids).logits
+        fresh = small_model(5, pre_seq_len=3, prefix_projection=True)
+        fresh.load_state_dict(model.state_dict())
+        close(changed, fresh(ids).logits)
+    assert len(calls) == 3
+
+
 def test_prefix_with_continuous_batching(small_model, chatglm):
     from transformers import GenerationConfig
 

@@ -102,6 +102,9 @@ def test_system_message_and_parts(tokenizer):
         tokenizer.apply_chat_template([system, parts], tokenize=False)
         == PREFIX + "[Round 1]\n\n问：Be brief. ab\n\n答："
     )
+    rounds = [user("a"), assistant("b"), user("c")]
+    text = tokenizer.apply_chat_template([system, *rounds], tokenize=False)
+    assert text == PREFIX + tokenizer.build_prompt("c", [("Be brief. a", "b")])
     for add_generation_prompt in (True, False):  # alone it is the query
         text = tokenizer.apply_chat_template([system], add_generation_prompt=add_generation_prompt, tokenize=False)
         assert text == PREFIX + tokenizer.build_prompt("Be brief. ")
