@@ -1,5 +1,6 @@
 """What the README shows a new user: the terminal chat, with the small model that the repository comes with."""
 
+import argparse
 import codecs
 import json
 import os
@@ -17,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer
 
+from common.load_model import add_model_options, load_model
 from conftest import ROOT, TINY
 from examples import cli_chat
 
@@ -115,6 +117,19 @@ def test_bad_options_are_one_line(args, message, monkeypatch, capsys):
         cli_chat.main()
     said = capsys.readouterr().err if exit.value.code == 2 else str(exit.value)  # argparse's exit, or ours
     assert message in said.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "options, dtype",
+    [([], torch.float32), (["--dtype", "bfloat16"], torch.bfloat16), (["--device", "cpu"], torch.float32)],
+)
+def test_dtype_of_the_weights(options, dtype):
+    """On a CPU by default float32, whatever the checkpoint's: float16, here."""
+    if not options and torch.accelerator.is_available():
+        dtype = torch.float16
+    parser = argparse.ArgumentParser()
+    add_model_options(parser)
+    assert load_model(parser.parse_args(options))[0].dtype == dtype
 
 
 @pytest.mark.parametrize("options", [["--quantization", "int8"], ["--dtype", "bfloat16"]])
