@@ -69,6 +69,7 @@ def test_fields(files, tiny_tokenizer):
     assert len(set(tokens)) == len(tokens)
     assert tokens[3] == "<0x00>" and kinds[:4] == [2, 3, 3, 6]
     assert (fields["tokenizer.ggml.eos_token_id"], fields["tokenizer.ggml.padding_token_id"]) == (2, 0)
+    assert not fields["tokenizer.ggml.add_bos_token"] and fields["tokenizer.ggml.add_space_prefix"]
     assert "generation" not in fields["tokenizer.chat_template"].replace("add_generation_prompt", "")
 
 

@@ -1,5 +1,6 @@
 """What the README shows a new user: the terminal chat, with the small model that the repository comes with."""
 
+import argparse
 import codecs
 import json
 import os
@@ -17,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer
 
+from common.load_model import add_model_options, load_model
 from conftest import ROOT, TINY
 from examples import cli_chat
 
@@ -48,6 +50,24 @@ def test_reads_a_pipe(tiny):
     second, _ = model.chat(tokenizer, "Who are you?", do_sample=False)
     output = run_chat(stdin="你好\nclear\n\nWho are you?\nstop\nnever read\n")
     assert output.split("\n") == [*first.split("\n"), *second.split("\n"), ""]
+
+
+def test_clear_forgets_the_dialogue(tiny):
+    model, tokenizer = tiny
+    name, question = "我叫小明", "我叫什么名字？"
+    unknown, _ = model.chat(tokenizer, question, do_sample=False)
+    assert run_chat(stdin=f"{name}\n{question}\n").strip().endswith("\n你叫小明。") and "小明" not in unknown
+    assert run_chat(stdin=f"{name}\nclear\n{question}\n").strip().endswith(f"\n{unknown}")
+
+
+def test_seed_gives_the_same_answer(monkeypatch, capsys):
+    answers = []
+    for seed in ("1", "1", "2", "3"):
+        options = ["--temperature", "2", "--seed", seed, "--max-length", "60", "--prompt", "Tell me a story."]
+        monkeypatch.setattr(sys, "argv", ["cli_chat", *options])
+        cli_chat.main()
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1] and len(set(answers)) == 3
 
 
 def test_query_that_is_too_long_is_said_and_the_dialogue_goes_on():
@@ -97,6 +117,19 @@ def test_bad_options_are_one_line(args, message, monkeypatch, capsys):
         cli_chat.main()
     said = capsys.readouterr().err if exit.value.code == 2 else str(exit.value)  # argparse's exit, or ours
     assert message in said.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "options, dtype",
+    [([], torch.float32), (["--dtype", "bfloat16"], torch.bfloat16), (["--device", "cpu"], torch.float32)],
+)
+def test_dtype_of_the_weights(options, dtype):
+    """On a CPU by default float32, whatever the checkpoint's: float16, here."""
+    if not options and torch.accelerator.is_available():
+        dtype = torch.float16
+    parser = argparse.ArgumentParser()
+    add_model_options(parser)
+    assert load_model(parser.parse_args(options))[0].dtype == dtype
 
 
 @pytest.mark.parametrize("options", [["--quantization", "int8"], ["--dtype", "bfloat16"]])
@@ -364,6 +397,7 @@ def test_markdown_is_rendered(monkeypatch):
     monkeypatch.setattr(cli_chat, "Console", lambda: recorded)
     with cli_chat.MarkdownDisplay() as display:
         display.show(text)
+        assert "\x1b" not in display.text  # which would command the terminal
     lines = [line.strip() for line in recorded.export_text().splitlines()]
     assert "一行" in lines and "a < b <div>" in lines and "<p>" in lines and "中文  1" in lines
     assert "```html" not in lines and "\x1b[2J" not in recorded.export_text()

@@ -47,8 +47,6 @@ def main(argv=None):
         model, tokenizer = load(model_args)
         if model_args.load_in_4bit or model_args.load_in_8bit:
             model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=args.gradient_checkpointing)
-        elif args.gradient_checkpointing:
-            model.enable_input_require_grads()
         model = get_peft_model(model, get_peft_config(model_args))
         fine_tune(model, tokenizer, splits, model_args, data_args, args)
 

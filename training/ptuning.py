@@ -62,8 +62,6 @@ def main(argv=None):
         model.transformer.prefix_encoder.float()  # the rest stays as it is loaded, as in the published script
         if model_args.ptuning_checkpoint:
             load_prefix(model, model_args.ptuning_checkpoint)
-        if args.gradient_checkpointing:
-            model.enable_input_require_grads()
         fine_tune(model, tokenizer, splits, model_args, data_args, args, PrefixTrainer)
 
 
