@@ -23,10 +23,10 @@ chat: .venv/installed-chat
 
 # A page for the browser at http://127.0.0.1:7860, and OpenAI's API at http://127.0.0.1:8000/v1. ARGS="--help": their options
 web: .venv/installed-web
-	@.venv/bin/python -m examples.web_chat --model "$(MODEL)" $(CHAT_OPTIONS) $(ARGS)
+	@.venv/bin/python -m examples.web_chat --model="$$MODEL" $(CHAT_OPTIONS) $(ARGS)
 
 serve: .venv/installed-serve
-	@.venv/bin/python -m serving --model "$(MODEL)" $(CHAT_OPTIONS) $(ARGS)
+	@.venv/bin/python -m serving --model="$$MODEL" $(CHAT_OPTIONS) $(ARGS)
 
 test: .venv/installed-test
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadgroup $(ARGS)

@@ -73,8 +73,8 @@ class TokenStreamer(BaseStreamer):
                 self._items.put(None)
 
         thread = threading.Thread(target=target, daemon=True)
-        thread.start()
         try:
+            thread.start()
             while (item := self._items.get()) is not None:
                 if isinstance(item, BaseException):
                     raise item
@@ -83,7 +83,8 @@ class TokenStreamer(BaseStreamer):
         finally:
             self._stopped = True
             self._resume.release()
-            thread.join()
+            if thread.ident is not None:  # a signal can come before it has started
+                thread.join()
 
 
 class LineTokenizer:
