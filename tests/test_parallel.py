@@ -21,9 +21,9 @@ def free_port() -> int:
 
 @pytest.mark.parametrize("mode", ["tp", "fsdp"])
 def test_two_processes(mode, small_model, chatglm, write_checkpoint, tmp_path):
+    """The same logits and greedy tokens as one process."""
     if mode == "tp" and chatglm.compat.RELEASE < (5, 17):
         pytest.skip("Transformers 5.9 cannot split a packed matrix (packed_colwise)")
-    """The same logits and greedy tokens as one process."""
     if mode == "fsdp" and Version(transformers.__version__) < Version("5.23"):
         pytest.skip("the library applies FSDP plans at load time since 5.23")
     model = small_model(1)
