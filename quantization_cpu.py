@@ -76,13 +76,16 @@ struct Problem {
       memcpy(to, (const float *)scale + begin, groups * sizeof(float));
       return;
     }
+    const uint16_t *from = (const uint16_t *)scale + begin;
+    const bool is_float16 = scale_type == FLOAT16;
+#pragma omp simd
     for (int64_t i = 0; i < groups; i++) {
-      uint32_t half = ((const uint16_t *)scale)[begin + i];
-      uint32_t word = half << 16;
-      if (scale_type == FLOAT16) word = ((half & 0x8000) << 16) + ((half & 0x7fff) << 13) + (112 << 23);
-      memcpy(to + i, &word, sizeof(float));
-      // Subnormal; scales are finite, so there is no other special case.
-      if (scale_type == FLOAT16 && !(half & 0x7c00)) to[i] = (half & 0x8000 ? -0x1p-24f : 0x1p-24f) * (half & 0x3ff);
+      // The bits of a float16, exponent and all, moved to where a float32 has them, are 2^-112 times its value.
+      uint32_t word = is_float16 ? (uint32_t)(from[i] & 0x7fff) << 13 : (uint32_t)from[i] << 16;
+      float value;
+      memcpy(&value, &word, sizeof(value));
+      if (is_float16) value = std::copysign(value * 0x1p112f, from[i] & 0x8000 ? -1.0f : 1.0f);
+      to[i] = value;
     }
   }
 };
@@ -196,7 +199,10 @@ inline Floats to_floats(Ints v) { return _mm512_cvtepi32_ps(v); }
 inline Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 inline float total(Floats v) { return _mm512_reduce_add_ps(v); }
-inline Floats pick(const float *p, Ints lanes) { return _mm512_permutexvar_ps(lanes, _mm512_loadu_ps(p)); }
+// Four numbers, as `lanes` says which to each lane
+inline Floats pick(const float *p, Ints lanes) {
+  return _mm512_permutexvar_ps(lanes, _mm512_broadcast_f32x4(_mm_loadu_ps(p)));
+}
 inline Ints gather(const int8_t *p, Ints offsets) { return _mm512_i32gather_epi32(offsets, p, 1); }
 
 #elif defined(__AVX2__) && defined(__FMA__) && !defined(CHATGLM_SCALAR)
@@ -236,7 +242,9 @@ inline float total(Floats v) {
   sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
   return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
 }
-inline Floats pick(const float *p, Ints lanes) { return _mm256_permutevar8x32_ps(_mm256_loadu_ps(p), lanes); }
+inline Floats pick(const float *p, Ints lanes) {
+  return _mm256_permutevar8x32_ps(_mm256_broadcast_ps((const __m128 *)p), lanes);
+}
 inline Ints gather(const int8_t *p, Ints offsets) { return _mm256_i32gather_epi32((const int *)p, offsets, 1); }
 #endif
 
@@ -244,31 +252,30 @@ inline Ints gather(const int8_t *p, Ints offsets) { return _mm256_i32gather_epi3
 
 constexpr int64_t VECTOR = sizeof(Ints), LANES = VECTOR / 4;
 
-// ---- Few rows: memory is the limit. The weight is read once: for one row of activations as one long stream, as short
-// ones in turn are slower; for several, four of its rows at a time, which share what is loaded of the activations.
+// ---- Few rows: memory is the limit. The weight is read once, each thread's part as one long stream: several short ones
+// in turn are slower. With X_ROWS rows of activations the cache's bandwidth counts too, and a tile has several rows of both.
 
 // A row of activations in the order in which unpacking leaves the weights. Each vector of INT4 holds 2 * VECTOR columns:
 // the even ones, then the odd ones. The lanes of a product sum neighbouring columns, which share a scale.
 struct FewRow {
   const int8_t *q;
-  const float *scale;     // of each lane of each vector
-  const int32_t *start;   // -offset * sum of q in each lane
+  const float *scale;       // of each block
+  const float *correction;  // what `offset` adds to the products of each group of columns, negated
 };
 
 template <int bits>
 struct FewRowsLinear {
   static constexpr int64_t COLUMNS = VECTOR * 8 / bits;  // in a vector of weights
   static constexpr int64_t LANE_COLUMNS = COLUMNS / LANES;
-  static constexpr int WEIGHT_ROWS = 4;
-  static constexpr int64_t AHEAD = 6144;  // bytes, to prefetch for a row that is read alone; 3 to 10 KB do as well
+  static constexpr int X_ROWS = 4, WEIGHT_ROWS = 4;  // of the largest tile
+  static constexpr int64_t AHEAD = 4096;  // bytes, to prefetch
 
-  static void arrange(const int8_t *q, const float *scale, int64_t vectors, int8_t *to, float *lane_scale,
-                      int32_t *start) {
-    for (int64_t lane = 0; lane < vectors * LANES; lane++) {
+  static void arrange(const int8_t *q, const float *scale, int64_t vectors, int64_t group_size, int8_t *to,
+                      float *correction) {
+    for (int64_t b = 0; b < vectors * COLUMNS / BLOCK; b++) {
       int32_t sum = 0;
-      for (int64_t i = lane * LANE_COLUMNS; i < (lane + 1) * LANE_COLUMNS; i++) sum += q[i];
-      start[lane] = -offset(bits) * sum;
-      lane_scale[lane] = scale[lane * LANE_COLUMNS / BLOCK];
+      for (int64_t i = b * BLOCK; i < (b + 1) * BLOCK; i++) sum += q[i];
+      correction[b * BLOCK / group_size] -= offset(bits) * sum * scale[b];
     }
     if (bits == 8) {
       memcpy(to, q, vectors * COLUMNS);
@@ -281,93 +288,108 @@ struct FewRowsLinear {
       }
   }
 
-  // y[m * WEIGHT_ROWS + r] = product of M rows of activations with R rows of the weight
+  struct Scales {
+    const float *of_row;  // of the weight, `stride` to the next row
+    int64_t stride;
+    Ints block_of_lane, group_of_lane;
+  };
+
+  // y[m * p.out + r] = product of R rows of the weight with M rows of activations
   template <int M, int R, bool grouped>
-  static void tile(const Problem &p, const int8_t *const *weight, const float *const *scale, const FewRow *x,
-                   Ints group_of_lane, float *y) {
-    const int64_t bytes = p.row_bytes(), full = bytes / VECTOR, group_size = p.group_size();
+  static void tile(const Problem &p, const int8_t *weight, const Scales &scales, const FewRow *x, float *y) {
+    const int64_t bytes = p.row_bytes(), full = bytes / VECTOR;
     Floats sum[R][M];
     for (auto &row : sum)
       for (auto &element : row) element = repeat_float(0);
-    auto step = [&](const int8_t *const *at, int64_t v) __attribute__((always_inline)) {
+    auto step = [&](const int8_t *at, int64_t stride, int64_t v) __attribute__((always_inline)) {
 #pragma GCC unroll 4
       for (int r = 0; r < R; r++) {
-        Ints packed = load(at[r]);
-        // One row is a stream that goes on. Of several rows it is the same place in the next ones, a jump.
-        __builtin_prefetch(at[r] + (R == 1 ? AHEAD : R * bytes));
-        Ints first = bits == 4 ? high_half(packed) : whole_byte(packed);
-        Ints second = low_half(packed);
-        Floats group_scale = grouped ? pick(scale[r] + v * COLUMNS / group_size, group_of_lane) : repeat_float(1);
-#pragma GCC unroll 4
+        const Ints packed = load(at + r * stride);
+        const Ints first = bits == 4 ? high_half(packed) : whole_byte(packed), second = low_half(packed);
+        const Floats group_scale =
+            grouped ? pick(scales.of_row + r * scales.stride + v * COLUMNS / p.group_size(), scales.group_of_lane)
+                    : repeat_float(1);
+#pragma GCC unroll 8
         for (int m = 0; m < M; m++) {
-          Ints product = dot<bits>(load(x[m].start + v * LANES), first, load(x[m].q + v * COLUMNS));
+          Ints product = dot<bits>(repeat(0), first, load(x[m].q + v * COLUMNS));
           if (bits == 4) product = dot<bits>(product, second, load(x[m].q + v * COLUMNS + VECTOR));
-          Floats s = load_floats(x[m].scale + v * LANES);
+          Floats s = pick(x[m].scale + v * COLUMNS / BLOCK, scales.block_of_lane);
           if (grouped) s = multiply(s, group_scale);
           sum[r][m] = multiply_add(to_floats(product), s, sum[r][m]);
         }
       }
     };
-    const int8_t *at[R];
 #pragma GCC unroll 2
     for (int64_t v = 0; v < full; v++) {
-      for (int r = 0; r < R; r++) at[r] = weight[r] + v * VECTOR;
-      step(at, v);
+      const int8_t *at = weight + v * VECTOR;
+      // One row is a stream that goes on. Of several rows it is the same place in the next ones, a jump.
+      for (int r = 0; r < R; r++) __builtin_prefetch(at + r * bytes + (R == 1 ? AHEAD : R * bytes));
+      step(at, bytes, v);
     }
     if (full * VECTOR < bytes) {
       int8_t rest[R][VECTOR] = {};
-      for (int r = 0; r < R; r++) {
-        memcpy(rest[r], weight[r] + full * VECTOR, bytes - full * VECTOR);
-        at[r] = rest[r];
-      }
-      step(at, full);
+      for (int r = 0; r < R; r++) memcpy(rest[r], weight + r * bytes + full * VECTOR, bytes - full * VECTOR);
+      step(rest[0], VECTOR, full);
     }
     for (int m = 0; m < M; m++)
-      for (int r = 0; r < R; r++) y[m * WEIGHT_ROWS + r] = total(sum[r][m]) * (grouped ? 1 : scale[r][0]);
+      for (int r = 0; r < R; r++) {
+        const float *scale = scales.of_row + r * scales.stride;
+        float corrected = total(sum[r][m]);
+        if (grouped) {
+#pragma omp simd reduction(+ : corrected)
+          for (int64_t g = 0; g < p.groups; g++) corrected += scale[g] * x[m].correction[g];
+        } else {
+          corrected = (corrected + x[m].correction[0]) * scale[0];
+        }
+        y[m * p.out + r] = corrected;
+      }
   }
 
   template <bool grouped>
   static void run(const Problem &p) {
-    const int64_t padded = round_up(p.in, PADDING), vectors = padded / COLUMNS, lanes = vectors * LANES;
-    Buffer<int8_t> natural(padded), q(p.rows * padded);
-    Buffer<float> block_scale(padded / BLOCK), lane_scale(p.rows * lanes);
-    Buffer<int32_t> start(p.rows * lanes);
-    FewRow x[FEW_ROWS];
-    memset(natural, 0, padded);
-    memset(block_scale, 0, padded / BLOCK * sizeof(float));
-    for (int64_t m = 0; m < p.rows; m++) {
-      quantize_row(p.x + m * p.in, p.in, natural, block_scale);
-      arrange(natural, block_scale, vectors, q + m * padded, lane_scale + m * lanes, start + m * lanes);
-      x[m] = {q + m * padded, lane_scale + m * lanes, start + m * lanes};
-    }
-    int32_t group_of_lane[LANES];
-    for (int64_t lane = 0; lane < LANES; lane++) group_of_lane[lane] = lane * LANE_COLUMNS / p.group_size();
-    const Ints groups = load(group_of_lane);
-    const int64_t scales = p.groups + LANES;  // `pick` reads a whole vector
+    const int64_t padded = round_up(p.in, PADDING), vectors = padded / COLUMNS;
+    const int64_t scales = p.groups + 4, blocks = padded / BLOCK + 4;  // `pick` reads four
+    Buffer<int8_t> q(p.rows * padded);
+    Buffer<float> block_scale(p.rows * blocks), correction(p.rows * scales);
+    const Scratch<int8_t> natural_scratch(p.threads, padded);
     const Scratch<float> scale_scratch(p.threads, WEIGHT_ROWS * scales);
+    FewRow x[FEW_ROWS];
+    int32_t block_of[LANES], group_of[LANES];
+    for (int64_t lane = 0; lane < LANES; lane++) {
+      block_of[lane] = lane * LANE_COLUMNS / BLOCK;
+      group_of[lane] = lane * LANE_COLUMNS / p.group_size();
+    }
+    const Ints block_of_lane = load(block_of), group_of_lane = load(group_of);
 #pragma omp parallel num_threads(p.threads)
     {
+      int8_t *natural = natural_scratch.mine();
       float *scale = scale_scratch.mine();
+      memset(natural, 0, padded);
       memset(scale, 0, WEIGHT_ROWS * scales * sizeof(float));
-#pragma omp for schedule(dynamic, 16)
-      for (int64_t n = 0; n < p.out; n += WEIGHT_ROWS) {
-        const int64_t count = std::min<int64_t>(WEIGHT_ROWS, p.out - n);
-        const int8_t *weight[WEIGHT_ROWS];
-        const float *row_scale[WEIGHT_ROWS];
-        for (int64_t r = 0; r < WEIGHT_ROWS; r++) {
-          int64_t row = std::min(n + r, p.out - 1);
-          weight[r] = p.weight + row * p.row_bytes();
-          p.read_scales(row, scale + r * scales);
-          row_scale[r] = scale + r * scales;
-        }
-        float y[4][WEIGHT_ROWS];
+#pragma omp for schedule(static)
+      for (int64_t m = 0; m < p.rows; m++) {
+        x[m] = {q + m * padded, block_scale + m * blocks, correction + m * scales};
+        memset(block_scale + m * blocks, 0, blocks * sizeof(float));
+        memset(correction + m * scales, 0, scales * sizeof(float));
+        quantize_row(p.x + m * p.in, p.in, natural, block_scale + m * blocks);
+        arrange(natural, block_scale + m * blocks, vectors, p.group_size(), q + m * padded, correction + m * scales);
+      }
+      const int64_t together = p.rows < X_ROWS ? 1 : WEIGHT_ROWS;
+#pragma omp for schedule(guided, 64)
+      for (int64_t n = 0; n < p.out; n += together) {
+        const int64_t count = std::min(together, p.out - n);
+        for (int64_t r = 0; r < count; r++) p.read_scales(n + r, scale + r * scales);
         for (int64_t m = 0, done; m < p.rows; m += done) {
-          done = p.rows - m >= 4 ? 4 : p.rows - m >= 2 ? 2 : 1;
-          if (done == 4) tile<4, 4, grouped>(p, weight, row_scale, x + m, groups, y[0]);
-          if (done == 2) tile<2, 4, grouped>(p, weight, row_scale, x + m, groups, y[0]);
-          for (int64_t r = 0; r < WEIGHT_ROWS && done == 1; r++)
-            tile<1, 1, grouped>(p, weight + r, row_scale + r, x + m, groups, y[0] + r);
-          for (int64_t i = 0; i < done; i++) memcpy(p.y + (m + i) * p.out + n, y[i], count * sizeof(float));
+          const int64_t left = p.rows - m;
+          done = count == WEIGHT_ROWS && left >= X_ROWS ? X_ROWS : left >= 2 ? 2 : 1;
+          for (int64_t r = 0; r < count; r += done == X_ROWS ? count : 1) {
+            const int8_t *weight = p.weight + (n + r) * p.row_bytes();
+            const Scales s = {scale + r * scales, scales, block_of_lane, group_of_lane};
+            float *y = p.y + m * p.out + n + r;
+            if (done == X_ROWS) tile<X_ROWS, WEIGHT_ROWS, grouped>(p, weight, s, x + m, y);
+            if (done == 2) tile<2, 1, grouped>(p, weight, s, x + m, y);
+            if (done == 1) tile<1, 1, grouped>(p, weight, s, x + m, y);
+          }
         }
       }
     }
