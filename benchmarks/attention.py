@@ -18,7 +18,7 @@ from common.package import module_of
 
 from .measure import in_turn, options, report, seconds
 from .random_checkpoint import ROOT
-from .systems import LlamaCpp, Ours, is_installed, random_prompt
+from .systems import LlamaCpp, Ours, gguf_file, is_installed, random_prompt
 
 
 # Sizes that attention does not depend on are small, for the step to be mostly attention.
@@ -96,8 +96,8 @@ def main():
     if is_installed("llama_cpp"):
         longest = max(args.positions) + 2 * args.steps
         for name, flash in (("llama.cpp", False), ("llama.cpp, flash attention", True)):
-            systems[name] = LlamaCppAtLength(args.work, layers, 4, longest, flash, **SMALL)
-            bases[name] = LlamaCpp(args.work, base_layers, 4, 256, flash)
+            systems[name] = LlamaCppAtLength(gguf_file(args.work, layers, "Q4_0", **SMALL), longest, flash)
+            bases[name] = LlamaCpp(gguf_file(args.work, base_layers, "Q4_0"), 256, flash)
 
     short = random_prompt(16)
     base_runs = {name: lambda system=system: system.run(short, args.steps)[1] for name, system in bases.items()}

@@ -1,27 +1,32 @@
 """
-Loading, prefill and decoding in the ChatGLM2-6B shape, on the CPU: float32 and bfloat16 beside `GlmForCausalLM` of
-Transformers, INT8 and INT4 beside llama.cpp.
+Loading, prefill and decoding in the ChatGLM2-6B shape, on the CPU, beside llama.cpp, ik_llama.cpp (with `--ik`), and, in
+float and half precision, `GlmForCausalLM` of Transformers.
 
-    python -m benchmarks.decode --output benchmarks/results/decode.json
+    python -m benchmarks.decode --output benchmarks/results/MACHINE/decode.json --ik ik_llama.cpp/build/bin/llama-bench
 
 Weights are random. The systems generate greedily from the same number of tokens, on as many threads, in turn; reported are
-medians over the rounds, and their ratios. float32 has 8 of the 28 layers, as all would take 25 GB.
+medians over the rounds, and their ratios. In each round the memory is read once as fast as the CPU can: decoding cannot be
+faster than that. Unquantized weights have 6 of the 28 layers, as all would take up to 25 GB.
+
+ik_llama.cpp is not on PyPI; build it with its default flags: `cmake -B build -DGGML_NATIVE=ON`, `cmake --build build`.
 """
 
 import statistics
 import sys
+from pathlib import Path
 
 import torch
 
 from .measure import in_turn, options, read_bandwidth, report, seconds
-from .systems import Glm, LlamaCpp, Ours, is_installed, random_prompt
+from .systems import Glm, IkLlamaCpp, LlamaCpp, Ours, gguf_file, is_installed, random_prompt
 
 
 PRECISIONS = {
-    "float32": dict(bits=None, dtype=torch.float32),
-    "bfloat16": dict(bits=None, dtype=torch.bfloat16),
-    "int8": dict(bits=8, dtype=torch.float32),
-    "int4": dict(bits=4, dtype=torch.float32),
+    "int4": dict(bits=4, dtype=torch.float32, gguf="Q4_0"),
+    "int8": dict(bits=8, dtype=torch.float32, gguf="Q8_0"),
+    "bfloat16": dict(bits=None, dtype=torch.bfloat16, gguf="BF16"),
+    "float16": dict(bits=None, dtype=torch.float16, gguf="F16"),
+    "float32": dict(bits=None, dtype=torch.float32, gguf=None),
 }
 
 
@@ -45,44 +50,54 @@ def product_seconds(model, tokens: int) -> float:
 
 
 def compare(precision: str, args) -> dict:
-    layers = min(args.layers, 8) if precision == "float32" else args.layers
-    bits = PRECISIONS[precision]["bits"]
+    bits, dtype, kind = PRECISIONS[precision].values()
+    layers = args.layers if bits else min(args.layers, 6)
     print(precision, file=sys.stderr)
-    ours = Ours(args.work, layers, **PRECISIONS[precision])
+    ours = Ours(args.work, layers, bits, dtype)
     systems = {"this": ours}
     if bits is None:
         systems["GlmForCausalLM"] = Glm(ours.model)
-    elif is_installed("llama_cpp"):
-        systems["llama.cpp"] = LlamaCpp(args.work, layers, bits, args.prompt + args.tokens)
+    if kind and is_installed("llama_cpp"):
+        systems["llama.cpp"] = LlamaCpp(gguf_file(args.work, layers, kind), args.prompt + args.tokens)
+    if kind and args.ik:
+        systems["ik_llama.cpp"] = IkLlamaCpp(args.ik, gguf_file(args.work, layers, kind))
     prompt = random_prompt(args.prompt)
+    memory = torch.ones(1 << 28)  # 1 GB, which no cache holds
     runs = {name: lambda system=system: system.run(prompt, args.tokens) for name, system in systems.items()}
-    bandwidth = read_bandwidth()
-    rounds = in_turn(runs, args.rounds)
+    rounds = in_turn({"stream": lambda: read_bandwidth(memory), **runs}, args.rounds)
+    stream = rounds.pop("stream")
+    read = weight_bytes(ours.model) / 1e9
     result = {
         "layers": layers,
         "load_seconds": ours.load_seconds,
         "anonymous_gb": ours.memory,
         "weights_gb": sum(p.nbytes for p in ours.model.parameters()) / 1e9,
-        "bandwidth_gb_s": statistics.median([bandwidth, read_bandwidth(), read_bandwidth()]),
+        "stream_gb_s": statistics.median(stream),
+        "share_of_stream": statistics.median(read / step / gb_s for (_, step), gb_s in zip(rounds["this"], stream)),
     }
     for name, pairs in rounds.items():
         prefill, decode = (statistics.median(values) for values in zip(*pairs))
         result[name] = {"prefill_tokens_s": args.prompt / prefill, "decode_tokens_s": 1 / decode}
     step = 1 / result["this"]["decode_tokens_s"]
-    result["read_gb_s"] = weight_bytes(ours.model) / 1e9 / step
     result["share_outside_products"] = 1 - product_seconds(ours.model, args.tokens) / step
-    for peer in systems.keys() - {"this"}:
-        result["ratio"] = {figure: result["this"][figure] / result[peer][figure] for figure in result[peer]}
+    result["ratio"] = {
+        peer: {figure: result["this"][figure] / result[peer][figure] for figure in result[peer]}
+        for peer in systems
+        if peer != "this"
+    }
     return result
 
 
 def main():
-    parser = options(__doc__, rounds=3)
+    parser = options(__doc__, rounds=4)
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--precisions", nargs="*", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument("--prompt", type=int, default=512, help="tokens")
     parser.add_argument("--tokens", type=int, default=24, help="tokens to generate")
+    parser.add_argument("--ik", type=Path, metavar="PATH", help="ik_llama.cpp's llama-bench, to measure it too")
     args = parser.parse_args()
+    if args.ik and not args.ik.is_file():
+        parser.error(f"--ik: there is no {args.ik}. Pass the path of ik_llama.cpp's llama-bench.")
     if args.quick:
         args.layers = args.rounds = 1
         args.prompt, args.tokens = 32, 4

@@ -88,11 +88,12 @@ def load(folder: Path, **kwargs):
     return model
 
 
-def write_gguf(path: Path, layers: int = 28, bits: int = 4, **sizes):
+def write_gguf(path: Path, layers: int = 28, kind: str = "Q4_0", **sizes):
     """
-    Writes llama.cpp's file of the same shape: Q4_0 with a head in Q6_K, as its tools do, or Q8_0. Needs `gguf`.
+    Writes llama.cpp's file of the same shape. Needs `gguf`.
 
     Args:
+        kind: Q4_0, which has its head in Q6_K, as llama.cpp's tools write it, Q8_0, F16 or BF16.
         sizes: Fields of config.json that are to be others.
     """
     import gguf
@@ -104,13 +105,13 @@ def write_gguf(path: Path, layers: int = 28, bits: int = 4, **sizes):
     config = {**json.loads((ROOT / "config.json").read_text()), **sizes}
     hidden, ffn, heads = config["hidden_size"], config["ffn_hidden_size"], config["num_attention_heads"]
     groups, vocabulary, head_dim = config["multi_query_group_num"], config["padded_vocab_size"], config["kv_channels"]
-    body = gguf.GGMLQuantizationType.Q4_0 if bits == 4 else gguf.GGMLQuantizationType.Q8_0
-    head = gguf.GGMLQuantizationType.Q6_K if bits == 4 else gguf.GGMLQuantizationType.Q8_0
+    body = gguf.GGMLQuantizationType[kind]
+    head = gguf.GGMLQuantizationType.Q6_K if kind == "Q4_0" else body
 
     writer = gguf.GGUFWriter(path, "chatglm", use_temp_file=True)
     fields = {**config, "num_layers": layers}
     write_architecture(writer, product("configuration_chatglm.ChatGLMConfig").from_dict(fields))
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_0 if bits == 4 else gguf.LlamaFileType.MOSTLY_Q8_0)
+    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind}"])
     writer.add_tokenizer_model("no_vocab")
     writer.add_vocab_size(vocabulary)
 
@@ -118,7 +119,13 @@ def write_gguf(path: Path, layers: int = 28, bits: int = 4, **sizes):
     # Where in a block the scale is, and a value for it
     scales = {"Q4_0": (slice(0, 2), 0.005), "Q8_0": (slice(0, 2), 0.0003), "Q6_K": (slice(-2, None), 1e-5)}
 
-    def quantized(name: str, rows: int, columns: int, kind):
+    def matrix(name: str, rows: int, columns: int, kind):
+        if kind.name not in scales:
+            data = torch.empty(rows, columns, dtype=torch.bfloat16 if kind.name == "BF16" else torch.float16).normal_(
+                0, 0.02
+            )
+            writer.add_tensor(name, data.view(torch.uint8).numpy(), raw_dtype=kind)
+            return
         block_size, block_bytes = gguf.GGML_QUANT_SIZES[kind]
         data = rng.integers(0, 256, (rows, columns // block_size, block_bytes), dtype=np.uint8)
         where, scale = scales[kind.name]
@@ -128,17 +135,17 @@ def write_gguf(path: Path, layers: int = 28, bits: int = 4, **sizes):
     def full(name: str, size: int, value: float):
         writer.add_tensor(name, np.full(size, value, np.float32))
 
-    quantized("token_embd.weight", vocabulary, hidden, head)
-    quantized("output.weight", vocabulary, hidden, head)
+    matrix("token_embd.weight", vocabulary, hidden, head)
+    matrix("output.weight", vocabulary, hidden, head)
     full("output_norm.weight", hidden, 1)
     for i in range(layers):
         full(f"blk.{i}.attn_norm.weight", hidden, 1)
         full(f"blk.{i}.ffn_norm.weight", hidden, 1)
         full(f"blk.{i}.attn_qkv.bias", (heads + 2 * groups) * head_dim, 0)
-        quantized(f"blk.{i}.attn_qkv.weight", (heads + 2 * groups) * head_dim, hidden, body)
-        quantized(f"blk.{i}.attn_output.weight", hidden, heads * head_dim, body)
-        quantized(f"blk.{i}.ffn_up.weight", 2 * ffn, hidden, body)
-        quantized(f"blk.{i}.ffn_down.weight", hidden, ffn, body)
+        matrix(f"blk.{i}.attn_qkv.weight", (heads + 2 * groups) * head_dim, hidden, body)
+        matrix(f"blk.{i}.attn_output.weight", hidden, heads * head_dim, body)
+        matrix(f"blk.{i}.ffn_up.weight", 2 * ffn, hidden, body)
+        matrix(f"blk.{i}.ffn_down.weight", hidden, ffn, body)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

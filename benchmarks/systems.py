@@ -1,9 +1,11 @@
 """What is measured: this package, and its peers. Each runs a prompt and goes on from it, greedily."""
 
 import importlib.util
+import json
 import os
 import shutil
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -80,14 +82,18 @@ class Glm:
         return run_generate(self.model, prompt, tokens)
 
 
+def gguf_file(work: Path, layers: int, kind: str, **sizes) -> Path:
+    """llama.cpp's file of the 6B shape, in Q4_0, Q8_0, F16 or BF16; written if it is not there yet."""
+    name = "-".join(map(str, [kind, layers, *sizes.values()]))
+    return prepared(work / f"{name}.gguf", write_gguf, layers=layers, kind=kind, **sizes)
+
+
 class LlamaCpp:
     """llama.cpp, through llama-cpp-python's `eval`, without sampling."""
 
-    def __init__(self, work: Path, layers: int, bits: int, context: int, flash_attention: bool = False, **sizes):
+    def __init__(self, path: Path, context: int, flash_attention: bool = False):
         import llama_cpp
 
-        name = "-".join(map(str, [f"int{bits}", layers, *sizes.values()]))
-        path = prepared(work / f"{name}.gguf", write_gguf, layers=layers, bits=bits, **sizes)
         threads = torch.get_num_threads()
         self.model = llama_cpp.Llama(
             str(path), n_ctx=context, n_threads=threads, n_threads_batch=threads, n_batch=512, n_ubatch=512,
@@ -109,6 +115,23 @@ class LlamaCpp:
             self.model.eval([i + 100])
             times.append(time.perf_counter() - start)
         return statistics.median(times)
+
+
+class IkLlamaCpp:
+    """ik_llama.cpp, a fork of llama.cpp, through its `llama-bench`: weights repacked for the CPU, flash attention."""
+
+    def __init__(self, program: Path, path: Path):
+        self.command = [str(program), "-m", str(path), "-t", str(torch.get_num_threads()), "-o", "json"]
+        self.command += ["-rtr", "1", "-fa", "1", "-r", "1", "-n", "0"]
+
+    def run(self, prompt: list[int], tokens: int) -> tuple[float, float]:
+        """Returns what `Ours.run` does. The mean of the next tokens, as llama-bench gives no median."""
+        n = len(prompt)
+        output = subprocess.run(
+            [*self.command, "-p", str(n), "-gp", f"{n},{tokens}"], stdout=subprocess.PIPE, check=True
+        ).stdout
+        prefill, decode = json.loads(output)
+        return n / prefill["avg_ts"], 1 / decode["avg_ts"]
 
 
 def run_generate(model, prompt: list[int], tokens: int) -> tuple[float, float]:

@@ -260,7 +260,7 @@ def test_chat_on_llama_cpp(llama, tiny, tiny_tokenizer):
 def test_benchmarks_write_the_same_architecture(files, tmp_path):
     """The random files that llama.cpp is measured with have the fields and tensors of a converted checkpoint."""
     sizes = dict(hidden_size=256, ffn_hidden_size=704, num_attention_heads=8, kv_channels=32, padded_vocab_size=64)
-    write_gguf(tmp_path / "random.gguf", layers=8, bits=8, **sizes)
+    write_gguf(tmp_path / "random.gguf", layers=8, kind="Q8_0", **sizes)
     (random_fields, random_tensors), (fields, tensors) = read(tmp_path / "random.gguf"), read(files / "q8_0.gguf")
     names = {name for name in fields if name.startswith("chatglm.")}
     assert names == {name for name in random_fields if name.startswith("chatglm.")} - {"chatglm.vocab_size"}
