@@ -43,6 +43,7 @@ CPP_SOURCE = r"""
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <utility>
 #if defined(__AVX2__) && !defined(CHATGLM_SCALAR)
 #include <immintrin.h>
 #endif
@@ -182,7 +183,8 @@ void dequantize(const Problem &p, T *y) {
 #define CHATGLM_VECTORS
 typedef __m512i Ints;
 typedef __m512 Floats;
-constexpr int TILE_ROWS = 6, TILE_VECTORS = 4;  // accumulators of a tile, all in registers
+constexpr int TILE_ROWS = 4, TILE_VECTORS = 3;  // two accumulators for each, all in registers
+constexpr int STEPS = 8;  // of a block, written out
 inline Ints load(const void *p) { return _mm512_loadu_si512(p); }
 inline void store(void *p, Ints v) { _mm512_storeu_si512(p, v); }
 inline Floats load_floats(const float *p) { return _mm512_loadu_ps(p); }
@@ -210,6 +212,11 @@ inline Ints gather(const int8_t *p, Ints offsets) { return _mm512_i32gather_epi3
 typedef __m256i Ints;
 typedef __m256 Floats;
 constexpr int TILE_ROWS = 4, TILE_VECTORS = 2;
+#if defined(__AVXVNNI__)
+constexpr int STEPS = 8;
+#else
+constexpr int STEPS = 1;
+#endif
 inline Ints load(const void *p) { return _mm256_loadu_si256((const Ints *)p); }
 inline void store(void *p, Ints v) { _mm256_storeu_si256((Ints *)p, v); }
 inline Floats load_floats(const float *p) { return _mm256_loadu_ps(p); }
@@ -249,6 +256,12 @@ inline Ints gather(const int8_t *p, Ints offsets) { return _mm256_i32gather_epi3
 #endif
 
 #if defined(CHATGLM_VECTORS)
+
+// f(0), f(1), ... f(n - 1), written out before the compiler decides which arrays can stay in registers: a loop that it
+// unrolls later leaves accumulators in memory, and takes twice as long.
+#define INLINE __attribute__((always_inline))
+template <class F, int... i> inline INLINE void call_each(F f, std::integer_sequence<int, i...>) { (f(i), ...); }
+template <int n, class F> inline INLINE void each(F f) { call_each(f, std::make_integer_sequence<int, n>()); }
 
 constexpr int64_t VECTOR = sizeof(Ints), LANES = VECTOR / 4;
 
@@ -301,23 +314,21 @@ struct FewRowsLinear {
     Floats sum[R][M];
     for (auto &row : sum)
       for (auto &element : row) element = repeat_float(0);
-    auto step = [&](const int8_t *at, int64_t stride, int64_t v) __attribute__((always_inline)) {
-#pragma GCC unroll 4
-      for (int r = 0; r < R; r++) {
+    auto step = [&](const int8_t *at, int64_t stride, int64_t v) INLINE {
+      each<R>([&](int r) INLINE {
         const Ints packed = load(at + r * stride);
         const Ints first = bits == 4 ? high_half(packed) : whole_byte(packed), second = low_half(packed);
         const Floats group_scale =
             grouped ? pick(scales.of_row + r * scales.stride + v * COLUMNS / p.group_size(), scales.group_of_lane)
                     : repeat_float(1);
-#pragma GCC unroll 8
-        for (int m = 0; m < M; m++) {
+        each<M>([&](int m) INLINE {
           Ints product = dot<bits>(repeat(0), first, load(x[m].q + v * COLUMNS));
           if (bits == 4) product = dot<bits>(product, second, load(x[m].q + v * COLUMNS + VECTOR));
           Floats s = pick(x[m].scale + v * COLUMNS / BLOCK, scales.block_of_lane);
           if (grouped) s = multiply(s, group_scale);
           sum[r][m] = multiply_add(to_floats(product), s, sum[r][m]);
-        }
-      }
+        });
+      });
     };
 #pragma GCC unroll 2
     for (int64_t v = 0; v < full; v++) {
@@ -471,42 +482,42 @@ struct ManyRowsLinear {
   template <bool grouped>
   static void tile(const Activations &x, int64_t m, int64_t first_block, int64_t blocks, const uint8_t *panel,
                    const float *scale, int64_t blocks_in_group, float *sum) {
+    Floats total[TILE_ROWS][TILE_VECTORS];
+    each<TILE_ROWS>([&](int i) INLINE {
+      each<TILE_VECTORS>([&](int r) INLINE { total[i][r] = load_floats(sum + i * PANEL + r * LANES); });
+    });
     for (int64_t b = 0; b < blocks; b++) {
       const int64_t block = first_block + b;
       Ints product[TILE_ROWS][TILE_VECTORS];
-#pragma GCC unroll 8
-      for (int i = 0; i < TILE_ROWS; i++) {
-        Ints start = repeat(x.start[(m + i) * x.blocks + block]);
-#pragma GCC unroll 8
-        for (int r = 0; r < TILE_VECTORS; r++) product[i][r] = start;
-      }
+      each<TILE_ROWS>([&](int i) INLINE {
+        const Ints start = repeat(x.start[(m + i) * x.blocks + block]);
+        each<TILE_VECTORS>([&](int r) INLINE { product[i][r] = start; });
+      });
       const int8_t *q = x.q + m * x.columns + block * BLOCK;
-      for (int64_t k = 0; k < BLOCK / 4; k++) {
-        Ints weight[TILE_VECTORS];
-#pragma GCC unroll 8
-        for (int r = 0; r < TILE_VECTORS; r++)
-          weight[r] = load(panel + ((b * BLOCK / 4 + k) * TILE_VECTORS + r) * VECTOR);
-#pragma GCC unroll 8
-        for (int i = 0; i < TILE_ROWS; i++) {
-          int32_t four;
-          memcpy(&four, q + i * x.columns + 4 * k, 4);
-          Ints activations = repeat(four);
-#pragma GCC unroll 8
-          for (int r = 0; r < TILE_VECTORS; r++) product[i][r] = dot<bits>(product[i][r], weight[r], activations);
-        }
-      }
+      const uint8_t *weights = panel + b * BLOCK * PANEL;
+      for (int64_t k = 0; k < BLOCK; k += 4 * STEPS)
+        each<STEPS>([&](int s) INLINE {
+          Ints weight[TILE_VECTORS];
+          each<TILE_VECTORS>([&](int r) INLINE { weight[r] = load(weights + (k + 4 * s) * PANEL + r * VECTOR); });
+          each<TILE_ROWS>([&](int i) INLINE {
+            int32_t four;
+            memcpy(&four, q + i * x.columns + k + 4 * s, 4);
+            const Ints activations = repeat(four);
+            each<TILE_VECTORS>([&](int r) INLINE { product[i][r] = dot<bits>(product[i][r], weight[r], activations); });
+          });
+        });
       const float *group_scale = scale + b / blocks_in_group * PANEL;
-#pragma GCC unroll 8
-      for (int i = 0; i < TILE_ROWS; i++) {
-        Floats s = repeat_float(x.scale[(m + i) * x.blocks + block]);
-#pragma GCC unroll 8
-        for (int r = 0; r < TILE_VECTORS; r++) {
-          float *to = sum + i * PANEL + r * LANES;
-          Floats both = grouped ? multiply(s, load_floats(group_scale + r * LANES)) : s;
-          store_floats(to, multiply_add(to_floats(product[i][r]), both, load_floats(to)));
-        }
-      }
+      each<TILE_ROWS>([&](int i) INLINE {
+        const Floats s = repeat_float(x.scale[(m + i) * x.blocks + block]);
+        each<TILE_VECTORS>([&](int r) INLINE {
+          const Floats both = grouped ? multiply(s, load_floats(group_scale + r * LANES)) : s;
+          total[i][r] = multiply_add(to_floats(product[i][r]), both, total[i][r]);
+        });
+      });
     }
+    each<TILE_ROWS>([&](int i) INLINE {
+      each<TILE_VECTORS>([&](int r) INLINE { store_floats(sum + i * PANEL + r * LANES, total[i][r]); });
+    });
   }
 
   template <bool grouped>
