@@ -17,6 +17,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .linear_chatglm import Linear
 from .quantization_kernels import (
     CHUNK_ROWS,
     GROUP_SIZES,
@@ -241,7 +242,7 @@ class QuantizedLinear(nn.Linear):
         return quantize_weight(weight, self.bits, self.group_size, scale_search)
 
     def dequantize(self) -> nn.Linear:
-        new = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        new = Linear(self.in_features, self.out_features, bias=False, device="meta")
         new.weight = nn.Parameter(dequantize_weight(self.weight, self.weight_scale, self.bits))
         new.bias = None if self.bias is None else nn.Parameter(self.bias.detach())
         return new
@@ -336,7 +337,7 @@ def empty_layers(model: nn.Module, config: "ChatGLMQuantizationConfig") -> dict[
             continue
         if any(f".{skipped}." in f".{name}." for skipped in config.modules_to_not_convert or ()):
             continue
-        if type(module) not in (nn.Linear, nn.Embedding):
+        if type(module) not in (Linear, nn.Linear, nn.Embedding):
             raise ValueError(
                 f"{name} is a {type(module).__name__}: the model has adapters or is quantized already. Merge them, or start "
                 "from the model as it was."

@@ -44,7 +44,7 @@ CPP_SOURCE = r"""
 #include <cstring>
 #include <new>
 #include <utility>
-#if defined(__AVX2__) && !defined(CHATGLM_SCALAR)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 #if defined(_OPENMP)
@@ -177,6 +177,90 @@ void dequantize(const Problem &p, T *y) {
   }
 }
 
+// f(0), f(1), ... f(n - 1), written out before the compiler decides which arrays can stay in registers: a loop that it
+// unrolls later leaves accumulators in memory, and takes twice as long.
+#define INLINE __attribute__((always_inline))
+template <class F, int... i> inline INLINE void call_each(F f, std::integer_sequence<int, i...>) { (f(i), ...); }
+template <int n, class F> inline INLINE void each(F f) { call_each(f, std::make_integer_sequence<int, n>()); }
+
+// ---- Few rows of activations times weights in half precision: y = x * weight^T, in float32.
+
+#if defined(__AVX512F__) && !defined(CHATGLM_SCALAR)
+constexpr int64_t WIDE = 16;  // numbers in a vector
+#elif defined(__AVX2__) && !defined(CHATGLM_SCALAR)
+constexpr int64_t WIDE = 8;
+#else
+constexpr int64_t WIDE = 4;
+#endif
+typedef float Wide __attribute__((vector_size(4 * WIDE)));  // of GCC and clang, for any instruction set
+typedef uint32_t WideBits __attribute__((vector_size(4 * WIDE)));
+typedef uint16_t Halves __attribute__((vector_size(2 * WIDE)));
+
+template <int type>
+inline INLINE Wide widen(const uint16_t *p) {
+#if defined(__AVX512F__) && !defined(CHATGLM_SCALAR)
+  if (type == FLOAT16) return (Wide)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
+#elif defined(__AVX2__) && defined(__F16C__) && !defined(CHATGLM_SCALAR)
+  if (type == FLOAT16) return (Wide)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
+#endif
+  Halves halves;
+  memcpy(&halves, p, sizeof(halves));
+  const WideBits bits = __builtin_convertvector(halves, WideBits);
+  if (type == BFLOAT16) return (Wide)(bits << 16);
+  // The bits of a float16, exponent and all, moved to where a float32 has them, are 2^-112 times its value.
+  const Wide value = (Wide)((bits & 0x7fff) << 13) * 0x1p112f;
+  const WideBits not_finite = (WideBits)((bits & 0x7c00) == 0x7c00) & 0x7f800000;
+  return (Wide)((WideBits)value | not_finite | (bits & 0x8000) << 16);
+}
+
+// y[m * out + r] = product of R rows of the weight with M rows of activations. U sums of each hide the latency of adding.
+template <int type, int M, int R, int U>
+void half_tile(const float *x, const uint16_t *weight, float *y, int64_t out, int64_t in) {
+  Wide sum[R][M][U] = {};
+  int64_t k = 0;
+  for (; k + U * WIDE <= in; k += U * WIDE)
+    each<U>([&](int u) INLINE {
+      Wide activations[M];
+      each<M>([&](int m) INLINE { memcpy(&activations[m], x + m * in + k + u * WIDE, sizeof(Wide)); });
+      each<R>([&](int r) INLINE {
+        const uint16_t *at = weight + r * in + k + u * WIDE;
+        __builtin_prefetch(at + (R == 1 ? 2048 : R * in));
+        const Wide w = widen<type>(at);
+        each<M>([&](int m) INLINE { sum[r][m][u] += activations[m] * w; });
+      });
+    });
+  for (int m = 0; m < M; m++)
+    for (int r = 0; r < R; r++) {
+      float total = 0;
+      for (int u = 0; u < U; u++)
+        for (int64_t i = 0; i < WIDE; i++) total += sum[r][m][u][i];
+      for (int64_t i = k; i < in; i++) {
+        uint16_t last[WIDE] = {weight[r * in + i]};
+        total += x[m * in + i] * widen<type>(last)[0];
+      }
+      y[m * out + r] = total;
+    }
+}
+
+template <int type>
+void half_linear(const float *x, const uint16_t *weight, float *y, int64_t rows, int64_t out, int64_t in, int threads) {
+  const int64_t together = rows == 1 ? 1 : 2;  // rows of the weight
+#pragma omp parallel for schedule(guided, 64) num_threads(threads)
+  for (int64_t n = 0; n < out; n += together) {
+    const uint16_t *at = weight + n * in;
+    const bool is_pair = together == 2 && n + 1 < out;
+    for (int64_t m = 0, done; m < rows; m += done) {
+      done = is_pair && rows - m >= 4 ? 4 : is_pair && rows - m >= 2 ? 2 : 1;
+      const float *x_m = x + m * in;
+      float *y_m = y + m * out + n;
+      if (done == 4) half_tile<type, 4, 2, 1>(x_m, at, y_m, out, in);
+      if (done == 2) half_tile<type, 2, 2, 1>(x_m, at, y_m, out, in);
+      if (done == 1) half_tile<type, 1, 1, 4>(x_m, at, y_m, out, in);
+      if (done == 1 && is_pair) half_tile<type, 1, 1, 4>(x_m, at + in, y_m + 1, out, in);
+    }
+  }
+}
+
 // What the instruction set has to offer: vectors of `lanes` 32-bit numbers, and the product of bytes, four to a lane.
 
 #if defined(__AVX512BW__) && defined(__AVX512VNNI__) && !defined(CHATGLM_SCALAR)
@@ -256,12 +340,6 @@ inline Ints gather(const int8_t *p, Ints offsets) { return _mm256_i32gather_epi3
 #endif
 
 #if defined(CHATGLM_VECTORS)
-
-// f(0), f(1), ... f(n - 1), written out before the compiler decides which arrays can stay in registers: a loop that it
-// unrolls later leaves accumulators in memory, and takes twice as long.
-#define INLINE __attribute__((always_inline))
-template <class F, int... i> inline INLINE void call_each(F f, std::integer_sequence<int, i...>) { (f(i), ...); }
-template <int n, class F> inline INLINE void each(F f) { call_each(f, std::make_integer_sequence<int, n>()); }
 
 constexpr int64_t VECTOR = sizeof(Ints), LANES = VECTOR / 4;
 
@@ -622,6 +700,15 @@ extern "C" int chatglm_linear(const float *x, const int8_t *weight, const void *
   return 0;
 }
 
+// The weight is in float16 or bfloat16.
+extern "C" void chatglm_half_linear(const float *x, const uint16_t *weight, int type, float *y, int64_t rows, int64_t out,
+                                    int64_t in, int threads) {
+  if (type == FLOAT16)
+    half_linear<FLOAT16>(x, weight, y, rows, out, in, threads);
+  else
+    half_linear<BFLOAT16>(x, weight, y, rows, out, in, threads);
+}
+
 extern "C" int chatglm_dequantize(const int8_t *weight, const void *scale, int scale_type, void *y, int y_type,
                                   int64_t out, int64_t in, int64_t groups, int bits, int threads) {
   const Problem p = {nullptr, weight, scale, scale_type, nullptr, 0, out, in, groups, bits, threads};
@@ -801,6 +888,8 @@ def cpu_library() -> ctypes.CDLL | None:
         library = load_library(cache_folder())
         pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
         library.chatglm_linear.argtypes = [pointer] * 3 + [number, pointer] + [size] * 4 + [number] * 2
+        library.chatglm_half_linear.argtypes = [pointer] * 2 + [number, pointer] + [size] * 3 + [number]
+        library.chatglm_half_linear.restype = None
         library.chatglm_dequantize.argtypes = [pointer] * 2 + [number, pointer, number] + [size] * 3 + [number] * 2
         return library
     # RuntimeError: no home; ValueError: CXX with an open quotation
@@ -857,6 +946,17 @@ def cpu_linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits:
     )  # fmt: skip
     if failed:
         raise MemoryError(f"Not enough memory to multiply {rows} rows. Pass fewer at a time (prefill_chunk_size).")
+    return output.to(dtype)
+
+
+def cpu_half_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`x @ weight.T` for a few rows of x, `[rows, in]`, and a weight in half precision, with products in float32."""
+    dtype, (rows, columns), out = x.dtype, x.shape, weight.shape[0]
+    x, weight, output = x.float().contiguous(), weight.contiguous(), torch.empty(rows, out)
+    cpu_library().chatglm_half_linear(
+        x.data_ptr(), weight.data_ptr(), SCALE_TYPES[weight.dtype], output.data_ptr(), rows, out, columns,
+        torch.get_num_threads(),
+    )  # fmt: skip
     return output.to(dtype)
 
 

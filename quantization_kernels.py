@@ -8,6 +8,7 @@ import functools
 import hashlib
 import os
 import time
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -99,18 +100,26 @@ def torch_linear(
             return int8_matmul(x.contiguous(), weight, scale.to(x.dtype))
         chunks = zip(weight.split(CHUNK_ROWS), scale.to(x.dtype).split(CHUNK_ROWS))
         return torch.cat([int8_matmul(x.contiguous(), unpack_int4(w), s) for w, s in chunks], dim=1)
-    # Chunk by chunk, so the full float weight never exists in memory
-    output = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
+    return matmul_by_chunks(x, len(weight), dtype, lambda rows: dequantize_to(dtype, weight[rows], scale[rows], bits))
+
+
+def matmul_by_chunks(
+    x: torch.Tensor, out_features: int, dtype: torch.dtype, weight_rows: Callable[[slice], torch.Tensor]
+) -> torch.Tensor:
+    """
+    `x @ weight.T`, in the dtype of x, for a weight of which `weight_rows` returns some rows in `dtype`: the full weight
+    never exists in memory in it.
+    """
+    output = torch.empty(x.shape[0], out_features, dtype=x.dtype)
     x = x.to(dtype)
     with torch.autocast("cpu", enabled=False):
-        for start in range(0, weight.shape[0], CHUNK_ROWS):
+        for start in range(0, out_features, CHUNK_ROWS):
             chunk = slice(start, start + CHUNK_ROWS)
             part = output[:, chunk]
-            matrix = dequantize_to(dtype, weight[chunk], scale[chunk], bits)
             if part.dtype == dtype:
-                torch.mm(x, matrix.T, out=part)  # a copy would take a tenth of the time
+                torch.mm(x, weight_rows(chunk).T, out=part)  # a copy would take a tenth of the time
             else:
-                part.copy_(torch.mm(x, matrix.T))
+                part.copy_(torch.mm(x, weight_rows(chunk).T))
     return output
 
 
@@ -136,15 +145,13 @@ def cpu_path(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: i
     """
     Returns which of `CPU_PATHS` is fastest for such a multiplication on this CPU.
 
-    It is measured at first use, and kept for the process and, beside the compiled library, for the next ones. The
-    environment variable `CHATGLM_CPU_PATH` takes precedence.
+    The environment variable `CHATGLM_CPU_PATH` takes precedence over what was measured.
     """
-    forced = os.environ.get("CHATGLM_CPU_PATH")
     kind = (bits, scale.numel() // len(scale) > 1, x.dtype, x.shape[0] > FEW_ROWS)
-    if not forced and kind in chosen_paths:
-        return chosen_paths[kind]
-    paths = [path for path in CPU_PATHS if path != "compiled" or (scale.dtype in SCALE_TYPES and cpu_library())]
-    if forced:
+    paths = CPU_PATHS
+    if scale.dtype not in SCALE_TYPES or not cpu_library():
+        paths = {name: path for name, path in CPU_PATHS.items() if name != "compiled"}
+    if forced := os.environ.get("CHATGLM_CPU_PATH"):
         if forced not in paths:
             raise ValueError(f"CHATGLM_CPU_PATH must be one of {', '.join(paths)}, got {forced!r}.")
         return forced
@@ -153,24 +160,38 @@ def cpu_path(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: i
     name = (
         f"INT{bits}, a scale for each {'group' if kind[1] else 'row'}, {x.dtype}, {'many' if kind[3] else 'few'} rows"
     )
-    kept = kept_choices()
-    if kept.get(name) not in paths:
-        seconds = {path: measure(path, x[:128], weight[:CHUNK_ROWS], scale[:CHUNK_ROWS], bits) for path in paths}
-        kept[name] = min(seconds, key=seconds.get)
-        logger.info(f"{name}: {', '.join(f'{path} {1000 * s:.2f} ms' for path, s in seconds.items())}.")
-        keep_choices(kept)
-    chosen_paths[kind] = kept[name]
-    return kept[name]
+    return fastest_path(kind, name, paths, x[:128], weight[:CHUNK_ROWS], scale[:CHUNK_ROWS], bits)
 
 
-def measure(path: str, *arguments) -> float:
-    """Returns the seconds that a path takes: the least of some calls, the first of which does not count."""
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        CPU_PATHS[path](*arguments)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds[1:])
+def fastest_path(kind: tuple, name: str, paths: dict[str, Callable], *arguments) -> str:
+    """
+    Returns which of `paths` is fastest for a kind of multiplication, measured at first use.
+
+    The choice is kept for the process, by `kind`, and beside the compiled library for the next ones, by `name`.
+    """
+    if kind not in chosen_paths:
+        kept = kept_choices()
+        if kept.get(name) not in paths:
+            seconds = measure(paths, *arguments)
+            kept[name] = min(seconds, key=seconds.get)
+            logger.info(f"{name}: {', '.join(f'{path} {1000 * s:.2f} ms' for path, s in seconds.items())}.")
+            keep_choices(kept)
+        chosen_paths[kind] = kept[name]
+    return chosen_paths[kind]
+
+
+def measure(paths: dict[str, Callable], *arguments) -> dict[str, float]:
+    """
+    Returns the seconds that each path takes: the least of some calls, of which the first does not count. They take turns,
+    for what else the machine does to slow all of them.
+    """
+    seconds = {name: [] for name in paths}
+    for _ in range(6):
+        for name, path in paths.items():
+            start = time.perf_counter()
+            path(*arguments)
+            seconds[name].append(time.perf_counter() - start)
+    return {name: min(times[1:]) for name, times in seconds.items()}
 
 
 # The choice

@@ -242,9 +242,9 @@ def choosing(kernels, tmp_path, monkeypatch):
     measured = []
 
     def fastest(path):
-        def measure(candidate, *arguments):
-            measured.append(candidate)
-            return 1.0 if candidate == path else 2.0
+        def measure(paths, *arguments):
+            measured.extend(paths)
+            return {name: 1.0 if name == path else 2.0 for name in paths}
 
         monkeypatch.setattr(kernels, "measure", measure)
         return measured
@@ -367,14 +367,19 @@ def test_scales_that_the_compiled_library_cannot_read(kernels, choosing):
 
 
 def test_measuring(kernels, monkeypatch):
-    """The least of four calls. The one before them does not count, whatever it took."""
-    now, lengths = [0.0], [1.0, 3.0, 2.0, 5.0, 4.0]
+    """The paths take turns. The least of five calls counts, and the one before them does not, whatever it took."""
+    now, called = [0.0], []
     monkeypatch.setattr(kernels, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    arguments = []
 
-    def path(*given):
-        arguments.append(given)
-        now[0] += lengths[len(arguments) - 1]
+    def path(name, *lengths):
+        lengths = iter(lengths)
 
-    monkeypatch.setitem(kernels.CPU_PATHS, "compiled", path)
-    assert kernels.measure("compiled", 1, 2) == 2.0 and arguments == [(1, 2)] * 5
+        def call(*arguments):
+            called.append((name, arguments))
+            now[0] += next(lengths)
+
+        return call
+
+    paths = {"compiled": path("compiled", 1.0, 3.0, 2.0, 5.0, 4.0, 6.0), "float32": path("float32", 9, 8, 7, 8, 9, 9)}
+    assert kernels.measure(paths, 1, 2) == {"compiled": 2.0, "float32": 7.0}
+    assert called == [("compiled", (1, 2)), ("float32", (1, 2))] * 6

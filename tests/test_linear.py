@@ -1,0 +1,120 @@
+"""Linear layers in half precision on the CPU: each way to multiply is right, and one of them is chosen."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+
+@pytest.fixture(scope="module")
+def linear(chatglm):
+    return chatglm.linear
+
+
+@pytest.fixture
+def choosing(linear, tmp_path, monkeypatch):
+    """Has every weight measured, by a clock on which the named path is fastest; returns the list of what was measured."""
+    kernels = linear.fastest_path.__globals__
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(linear, "MEASURED_SIZE", 0)
+    kernels["chosen_paths"].clear()
+    measured = []
+
+    def fastest(path):
+        def measure(paths, *arguments):
+            measured.extend(paths)
+            return {name: 1.0 if name == path else 2.0 for name in paths}
+
+        monkeypatch.setitem(kernels, "measure", measure)
+        return measured
+
+    yield fastest
+    kernels["chosen_paths"].clear()
+
+
+def case(rows: int, out: int, columns: int, dtype: torch.dtype):
+    generator = torch.Generator().manual_seed(rows + out + columns)
+    x = torch.randn(rows, columns, generator=generator).to(dtype)
+    return x, (torch.randn(out, columns, generator=generator) * 0.02).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows, out, columns", [*itertools.product((1, 2, 3, 4, 5, 40), (1, 37, 1030), (7, 64, 250))])
+def test_each_path_against_float64(linear, dtype, rows, out, columns):
+    """Products may be rounded to the dtype that a path multiplies in, and the sum to the dtype of x."""
+    x, weight = case(rows, out, columns, dtype)
+    exact, size = x.double() @ weight.double().T, x.double().abs() @ weight.double().abs().T
+    for name, path in linear.half_paths(x, weight).items():
+        y = path(x, weight)
+        in_dtype = torch.bfloat16 if name == "bfloat16" else torch.float32
+        bound = torch.finfo(dtype).eps * exact.abs() + 2.1 * torch.finfo(in_dtype).eps * size
+        if name == "torch":  # how it sums is its own business
+            bound = bound + 0.1 * torch.finfo(dtype).eps * size
+        assert y.dtype == dtype and ((y.double() - exact).abs() <= bound + 1e-6).all(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_compiled_path_of_every_number(linear, dtype):
+    """All 65,536 values of the dtype, subnormal, infinite and NaN among them."""
+    weight = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)[:, None]
+    x = torch.ones(1, 1, dtype=dtype)
+    y = linear.cpu_half_linear(x, weight)[0]
+    assert torch.equal(y[~y.isnan()], weight[~weight.isnan()]) and torch.equal(y.isnan(), weight[:, 0].isnan())
+    row = weight[:, 0][weight[:, 0].isfinite()].expand(1, -1).contiguous()
+    chosen = torch.zeros(1, row.shape[1], dtype=dtype)
+    for i in (0, 1, 17, row.shape[1] - 1):  # the vectors of a long row, and its rest
+        assert linear.cpu_half_linear(chosen.index_fill(1, torch.tensor([i]), 1.0), row)[0, 0] == row[0, i]
+
+
+@pytest.mark.parametrize("path, rows", [("compiled", 1), ("float32", 40), ("bfloat16", 40), ("torch", 40)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_fastest_path_multiplies(linear, choosing, monkeypatch, path, rows, bias):
+    called = []
+    half_paths = linear.half_paths
+
+    def spied_paths(x, weight):
+        def spy(name, function):
+            return lambda *arguments: (called.append(name), function(*arguments))[1]
+
+        return {name: spy(name, function) for name, function in half_paths(x, weight).items()}
+
+    monkeypatch.setattr(linear, "half_paths", spied_paths)
+    measured = choosing(path)
+    layer = linear.Linear(64, 48, bias=bias, dtype=torch.float16).requires_grad_(False)
+    x = torch.randn(2, rows, 64, dtype=torch.float16) if rows > 1 else torch.randn(1, 1, 64, dtype=torch.float16)
+    for _ in range(2):
+        y = layer(x)
+        expected = nn.Linear.forward(layer, x).float()
+        assert (y.float() - expected).norm() < 2**-8 * expected.norm()
+    assert called == ([path] * 2 if path != "torch" else []) and path in measured
+    assert len(measured) == len(set(measured))  # once
+
+
+def test_what_is_left_to_torch(linear, choosing, monkeypatch):
+    """float32, gradients, tracing, and what does not fit: torch's own errors."""
+    monkeypatch.setattr(linear, "half_paths", None)
+    layer = linear.Linear(8, 4)
+    assert torch.equal(layer(torch.ones(1, 8)), nn.functional.linear(torch.ones(1, 8), layer.weight, layer.bias))
+    half = linear.Linear(8, 4, dtype=torch.bfloat16)
+    half(torch.ones(1, 8, dtype=torch.bfloat16)).sum().backward()
+    assert half.weight.grad is not None
+    half.requires_grad_(False)
+    x = torch.ones(1, 8, dtype=torch.bfloat16)
+    assert torch.jit.trace(half, x, check_trace=False)(x).shape == (1, 4)
+    assert half(x[:0]).shape == (0, 4)
+    with pytest.raises(RuntimeError):
+        half(torch.ones(1, 8))
+
+
+def test_half_precision_models_use_the_compiled_path(small_model, choosing):
+    model = small_model().bfloat16()
+    measured = choosing("compiled")
+    with torch.no_grad():
+        logits = model(torch.tensor([[5]])).logits
+        assert "compiled" in measured
+        for layer in model.modules():
+            if isinstance(layer, nn.Linear):
+                layer.forward = lambda x, layer=layer: nn.functional.linear(x, layer.weight, layer.bias)
+        expected = model(torch.tensor([[5]])).logits
+    assert (logits - expected).norm() < 0.02 * expected.norm()
