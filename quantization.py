@@ -337,7 +337,8 @@ def empty_layers(model: nn.Module, config: "ChatGLMQuantizationConfig") -> dict[
             continue
         if any(f".{skipped}." in f".{name}." for skipped in config.modules_to_not_convert or ()):
             continue
-        if type(module) not in (Linear, nn.Linear, nn.Embedding):
+        # By name too: layers of adapters and of other quantizations are subclasses, and there are several copies of ours.
+        if not isinstance(module, (nn.Linear, nn.Embedding)) or type(module).__name__ not in ("Linear", "Embedding"):
             raise ValueError(
                 f"{name} is a {type(module).__name__}: the model has adapters or is quantized already. Merge them, or start "
                 "from the model as it was."
