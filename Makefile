@@ -42,10 +42,10 @@ test-newest: .venv-newest/installed-test
 	@.venv-newest/bin/pip list 2>/dev/null | grep "^transformers "
 	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest -n 2 $(ESSENTIALS) $(ARGS)
 
-# Other libraries on the model: quantization of weights and caches, DeepSpeed. They print at every import, so they do not go
-# into .venv.
+# Other libraries and programs on the model: quantization of weights and caches, DeepSpeed, FastChat, LLaMA-Factory, OpenVINO.
+# They print at every import, so they do not go into .venv.
 test-others: .venv-others/installed-others
-	OMP_NUM_THREADS=1 .venv-others/bin/python -m pytest -n 2 tests/test_quantization.py tests/test_long_context.py tests/test_training.py -k "bitsandbytes or torchao or quantized_cache or zero" $(ARGS)
+	OMP_NUM_THREADS=1 .venv-others/bin/python -m pytest -n 2 tests/test_quantization.py tests/test_long_context.py tests/test_training.py tests/test_programs.py -k "bitsandbytes or torchao or quantized_cache or zero or programs" $(ARGS)
 
 # Clients of the server, one conversation each. Some need an older openai than .venv has, and none needs PyTorch.
 test-clients: .venv/installed-serve .venv-clients/installed-clients
@@ -122,8 +122,11 @@ PIP = $(@D)/bin/pip install --quiet --disable-pip-version-check -c constraints.t
 	$(PIP) -e ".[bench]"
 	touch $@
 
+# LLaMA-Factory allows no release of Transformers that is tested here: without what it asks for.
 %/installed-others: %/installed
 	$(PIP) -e ".[others]"
+	$(PIP) --no-deps llamafactory==0.9.5
+	$(PIP) einops fire omegaconf "tyro<0.9"
 	touch $@
 
 %/installed-engines: %/installed

@@ -239,6 +239,9 @@ class ChatGLMConfig(PreTrainedConfig):
                 "quantization_config must be a dictionary such as {'quant_method': 'chatglm', 'bits': 4}, got "
                 f"{quantization_config!r}."
             )
+        if isinstance(quantization_config, dict) and quantization_config.get("quant_method") == "chatglm":
+            if "bits" not in quantization_config:
+                raise ValueError(f"quantization_config lacks 'bits', which must be 4 or 8: {quantization_config}.")
 
     @property
     def context_length(self) -> int:
@@ -246,6 +249,17 @@ class ChatGLMConfig(PreTrainedConfig):
         if self.rope_parameters["rope_type"] == "dynamic":
             return int(self.seq_length * self.rope_parameters["factor"])
         return self.seq_length
+
+    @property
+    def rope_scaling(self) -> dict | None:
+        """The old name of `rope_parameters`. None without scaling, as programs that use this name expect (FastChat)."""
+        return None if self.rope_parameters["rope_type"] == "default" else self.rope_parameters
+
+    @rope_scaling.setter
+    def rope_scaling(self, value: dict | None):
+        kept = {name: self.rope_parameters[name] for name in ("rope_theta", "partial_rotary_factor")}
+        self.rope_parameters = {**kept, **(value or {})}
+        self.standardize_rope_params()
 
     @property
     def num_key_value_heads(self) -> int:

@@ -526,6 +526,9 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             cache if isinstance(cache, Cache) else None,  # continuous batching brings its own mask
             position_ids,
         )
+        if torch.jit.is_tracing() and attention_mask is not None and attention_mask.dtype == torch.bool:
+            # Padding on the left sees nothing. OpenVINO's attention makes NaN of that, for the whole row.
+            attention_mask = attention_mask | ~attention_mask.any(dim=-1, keepdim=True)
         prefix = None
         if self.pre_seq_len is not None:
             prefix = self.get_prompt(inputs_embeds.shape[0], inputs_embeds.device, inputs_embeds.dtype)
@@ -670,7 +673,11 @@ class ChatGLMClassifier(ChatGLMPreTrainedModel):
         self.num_labels = config.num_labels
         self.transformer = ChatGLMModel(config, with_output_layer=False)
         self.dropout = nn.Dropout(config.classifier_dropout or 0.0)
-        self.score = nn.Linear(config.hidden_size, config.num_labels)  # last, which bitsandbytes leaves as it is
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        # bitsandbytes leaves as it is the layer whose weight is the model's last parameter: here the bias comes before.
+        weight = self.score.weight
+        del self.score.weight
+        self.score.weight = weight
         self.register_load_state_dict_pre_hook(rename_head)
         self.post_init()
         if device is not None:

@@ -101,6 +101,18 @@ def test_rope(chatglm):
     assert legacy.rope_parameters["rope_type"] == "dynamic"
 
 
+def test_rope_scaling_is_none_without_scaling(chatglm):
+    """FastChat multiplies the context by rope_scaling["factor"] if there is a rope_scaling."""
+    config = chatglm.ChatGLMConfig()
+    plain = config.rope_parameters
+    assert config.rope_scaling is None
+    config.rope_scaling = {"type": "dynamic", "factor": 2.0}
+    assert config.rope_scaling == {**plain, "type": "dynamic", "rope_type": "dynamic", "factor": 2.0}
+    assert config.context_length == 2 * config.seq_length
+    config.rope_scaling = None
+    assert config.rope_scaling is None and config.rope_parameters == plain
+
+
 def test_context_extended_beyond_the_checkpoint(chatglm):
     """YaRN keeps what the checkpoint was trained with apart from what is asked for."""
     yarn = {"rope_type": "yarn", "factor": 2.0}
@@ -119,6 +131,8 @@ def test_quantization_bit(chatglm):
     assert not hasattr(chatglm.ChatGLMConfig(), "quantization_config")
     config = chatglm.ChatGLMConfig(quantization_bit=4)
     assert config.quantization_config == {"quant_method": "chatglm", "bits": 4}
+    with pytest.raises((ValueError, StrictDataclassError), match="quantization_config lacks 'bits'"):
+        chatglm.ChatGLMConfig(quantization_config={"quant_method": "chatglm", "group_size": 32})
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,7 @@ def test_files_that_commands_name():
 NOT_RUN = {
     'device_map="auto"': "a device_map of two GPUs; with one of CPU and disk in test_loading.py",
     'tp_plan="auto"': "two processes, in test_parallel.py",
+    "llamafactory": "LLaMA-Factory, in test_programs.py",
     "openai": "a server, asked by the same client in test_serve.py",
     "build/convert/glm": "the output of a command, run with it in test_conversion.py",
     "output/sft": "the output of training, below",

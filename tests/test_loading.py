@@ -349,7 +349,7 @@ def test_peft_trains_and_saves_the_classifier_head(chatglm, small_model, tmp_pat
     base.save_pretrained(tmp_path / "base")
     model = peft.get_peft_model(base, peft.LoraConfig(task_type="SEQ_CLS"))
     trainable = [name for name, p in model.named_parameters() if p.requires_grad and "lora" not in name]
-    assert [name.rsplit(".", 1)[-1] for name in trainable] == ["weight", "bias"] and all(
+    assert [name.rsplit(".", 1)[-1] for name in trainable] == ["bias", "weight"] and all(
         "score" in n for n in trainable
     )
     with torch.no_grad():
