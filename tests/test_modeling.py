@@ -9,9 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import DynamicCache, GlmConfig, GlmForCausalLM, LogitsProcessorList, StaticCache
+from transformers import DynamicCache, GlmForCausalLM, LogitsProcessorList, StaticCache
 from transformers.cache_utils import DynamicLayer
 
+from common.glm import glm_config, glm_tensors
 from conftest import SMALL, generate_batch
 
 
@@ -20,53 +21,8 @@ ATTENTION = ["eager", "sdpa", "flex_attention"]
 
 def glm_oracle(model, dtype=torch.float32) -> GlmForCausalLM:
     """The same model as a GlmForCausalLM."""
-    c = model.config
-    rope_parameters = copy.deepcopy(c.rope_parameters)
-    if c.rope_ratio != 1:
-        rope_parameters.update(rope_type="linear", factor=float(c.rope_ratio))
-    glm_config = GlmConfig(
-        vocab_size=c.padded_vocab_size,
-        hidden_size=c.hidden_size,
-        intermediate_size=c.ffn_hidden_size,
-        num_hidden_layers=c.num_layers,
-        num_attention_heads=c.num_attention_heads,
-        num_key_value_heads=c.num_key_value_heads,
-        head_dim=c.kv_channels,
-        attention_bias=c.add_qkv_bias,
-        rms_norm_eps=c.layernorm_epsilon,
-        max_position_embeddings=c.seq_length,
-        tie_word_embeddings=False,
-        rope_parameters=rope_parameters,
-        pad_token_id=0,
-        eos_token_id=2,
-        attn_implementation="eager",
-    )
-    oracle = GlmForCausalLM(glm_config).eval()
-    q_size, kv_size = c.num_attention_heads * c.kv_channels, c.num_key_value_heads * c.kv_channels
-    state_dict = {}
-    for name, tensor in model.state_dict().items():
-        name = name.removeprefix("transformer.")
-        for ours, theirs in {
-            "embedding.word_embeddings": "model.embed_tokens",
-            "encoder.final_layernorm": "model.norm",
-            "output_layer": "lm_head",
-            "encoder.layers": "model.layers",
-            "self_attention.dense": "self_attn.o_proj",
-            "mlp.dense_h_to_4h": "mlp.gate_up_proj",
-            "mlp.dense_4h_to_h": "mlp.down_proj",
-        }.items():
-            name = name.replace(ours, theirs)
-        if "query_key_value" in name:
-            if not c.multi_query_attention:  # query, key and value of each head side by side
-                heads = tensor.unflatten(0, (c.num_attention_heads, 3, c.kv_channels))
-                parts = [part.flatten(0, 1) for part in heads.unbind(1)]
-            else:
-                parts = tensor.split([q_size, kv_size, kv_size])
-            for letter, part in zip("qkv", parts):
-                state_dict[name.replace("self_attention.query_key_value", f"self_attn.{letter}_proj")] = part
-        else:
-            state_dict[name] = tensor
-    oracle.load_state_dict(state_dict)
+    oracle = GlmForCausalLM(glm_config(model.config, attn_implementation="eager")).eval()
+    oracle.load_state_dict(dict(glm_tensors(model.state_dict().items(), model.config)))
     return oracle.to(dtype)
 
 
