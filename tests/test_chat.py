@@ -587,6 +587,16 @@ def test_explicit_defaults_count_beside_a_generation_config(model, tokenizer):
     assert len(sampled) > 1
 
 
+def test_defaults_count_before_the_models_generation_config(small_model, tokenizer, monkeypatch):
+    """A published `generation_config.json` does not change what `chat` does when it is given nothing."""
+    model = small_model(11, padded_vocab_size=8064, seq_length=512)
+    calls = []
+    monkeypatch.setattr(model, "generate", lambda **kwargs: calls.append(kwargs) or kwargs["input_ids"])
+    model.chat(tokenizer, "你好")
+    defaults = dict(max_length=512, num_beams=1, do_sample=True, top_p=0.8, temperature=0.8)  # 8192, in this context
+    assert calls[0].items() >= defaults.items()
+
+
 class PlayedBack(LogitsProcessor):
     """Makes `generate` write a given text."""
 
