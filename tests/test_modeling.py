@@ -449,12 +449,43 @@ def test_sequence_classification_takes_the_last_token(small_model, chatglm):
     close(model(right, attention_mask=mask).logits, expected)
 
 
+@pytest.mark.parametrize("head", ["SequenceClassification", "TokenClassification"])
+def test_classifiers_return_what_the_network_does(small_model, chatglm, head):
+    """Hidden states, attentions and, on request, the cache."""
+    model = small_model(model_class=getattr(chatglm, f"ChatGLMFor{head}"), attn_implementation="eager")
+    ids, options = random_ids(model, 2, 5), dict(output_hidden_states=True, output_attentions=True)
+    output, expected = model(ids, **options), model.transformer(ids, **options)
+    for name in ("hidden_states", "attentions"):
+        assert len(output[name]) == len(expected[name])
+        assert all(torch.equal(a, b) for a, b in zip(output[name], expected[name]))
+    if head == "SequenceClassification":
+        assert model(ids, use_cache=True).past_key_values.get_seq_length() == 5
+        assert model(ids, use_cache=False).past_key_values is None
+
+
+def test_device_of_a_new_model(chatglm):
+    for head in ("ConditionalGeneration", "SequenceClassification"):
+        model_class, config = getattr(chatglm, f"ChatGLMFor{head}"), chatglm.ChatGLMConfig(**SMALL)
+        assert model_class(config).device.type == "cpu"
+        assert model_class(config, device="meta").device.type == "meta"
+
+
 def test_token_classification(small_model, chatglm):
     model = small_model(model_class=chatglm.ChatGLMForTokenClassification, num_labels=3)
     labels = torch.randint(0, 3, (2, 5))
     output = model(random_ids(model, 2, 5), labels=labels)
     assert output.logits.shape == (2, 5, 3)
     close(output.loss, torch.nn.functional.cross_entropy(output.logits.flatten(0, 1), labels.flatten()))
+
+
+@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
+def test_short_inputs_with_a_prefix_equal_the_beginning_of_longer_ones(small_model, attn_implementation):
+    model = small_model(pre_seq_len=3, attn_implementation=attn_implementation)
+    ids = random_ids(model, 2, 6)
+    with torch.no_grad():
+        expected = model(ids).logits
+        for length in range(1, 6):
+            close(model(ids[:, :length]).logits, expected[:, :length])
 
 
 # Embeddings
