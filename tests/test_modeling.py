@@ -654,6 +654,19 @@ def test_growing_layer_equals_the_library_s(chatglm):
         assert torch.equal(growing.keys, plain.keys)
 
 
+def test_gradients_through_a_cache_equal_those_without(small_model):
+    model = small_model()
+    ids, gradients = random_ids(model, 2, 8), []
+    for chunks in ([ids], [ids[:, :5], ids[:, 5:7], ids[:, 7:]]):
+        cache = DynamicCache(config=model.config)
+        logits = torch.cat([model(chunk, past_key_values=cache).logits for chunk in chunks], dim=1)
+        logits.square().sum().backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+        model.zero_grad()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-2, rtol=1e-3, msg=name)
+
+
 def test_steps_do_not_copy_the_cache(small_model):
     """`generate` and the forward make such caches by themselves, other kinds are left as they are."""
     model = small_model()
