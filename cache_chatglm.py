@@ -97,7 +97,7 @@ def crop_cache(cache: Cache, ids: list[int]):
     lengths = [int(layer.get_seq_length()) for layer in cache.layers]
     # An interrupted forward leaves layers of different length. Interrupted prompt lookup leaves rejected candidates at the
     # end and in the place of the last token.
-    valid = min([*lengths, max(len(cache.chat_record.ids) - 1, 0)])
+    valid = min([*lengths, len(cache.chat_record.ids) - 1])
     kept = common_prefix(cache.chat_record.ids[:valid], ids[:-1])
     if all(type(layer) in (DynamicLayer, GrowingLayer) for layer in cache.layers):
         for layer, length in zip(cache.layers, lengths):

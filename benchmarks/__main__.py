@@ -13,8 +13,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from common.package import ROOT
+
 from .measure import SHARED
-from .random_checkpoint import ROOT
 
 
 NAMES = [

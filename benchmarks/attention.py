@@ -14,10 +14,9 @@ import statistics
 import torch
 from transformers import AutoConfig, AutoModel, DynamicCache, GlmConfig, GlmForCausalLM
 
-from common.package import module_of
+from common.package import ROOT, module_of
 
 from .measure import in_turn, options, report, seconds
-from .random_checkpoint import ROOT
 from .systems import LlamaCpp, Ours, gguf_file, is_installed, random_prompt
 
 

@@ -18,11 +18,11 @@ from lm_eval import evaluate
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModel, AutoTokenizer
 
+from common.package import TINY
 from evaluation.model import EvaluatedModel
 from evaluation.protocol import build
 
 from .measure import SHARED, in_turn, options, report
-from .random_checkpoint import TINY
 
 
 TASKS = {  # a suite's task, and its protocol

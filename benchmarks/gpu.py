@@ -19,10 +19,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, BitsAndBytesConfig, GlmForCausalLM, TorchAoConfig
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
+from common.package import ROOT
+
 from .decode import weight_bytes
 from .gpu_limits import layer_shapes
 from .measure import Clock, options, report, seconds
-from .random_checkpoint import ROOT, load, write_checkpoint
+from .random_checkpoint import load, write_checkpoint
 from .systems import Glm, is_installed, prepared, random_prompt
 
 

@@ -7,8 +7,9 @@ What a GPU can reach on paper: tokens per second by its memory's bandwidth, and 
 import json
 from dataclasses import dataclass
 
+from common.package import ROOT
+
 from .present import table
-from .random_checkpoint import ROOT
 
 
 PAGE = ROOT / "docs/gpu.md"

@@ -22,7 +22,7 @@ import torch
 import transformers
 from transformers.generation.streamers import BaseStreamer
 
-from .random_checkpoint import ROOT
+from common.package import ROOT
 
 
 SHARED = ROOT.parent / "shared/data"

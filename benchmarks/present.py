@@ -10,7 +10,7 @@ import re
 import sys
 from pathlib import Path
 
-from .random_checkpoint import ROOT
+from common.package import ROOT
 
 
 OURS, PEER, OTHERS = "#1f6fb4", "#b0b0b0", ["#d98032", "#6a9f58", "#8d6cab", "#b5544d"]

@@ -18,12 +18,11 @@ import torch
 from torch.nn.functional import pad
 from transformers import AutoModel, AutoTokenizer
 
-from common.package import module_of
+from common.package import TINY, module_of
 from training.data import DataArguments, PackedExamples, encode_dialogue
 from training.tiny import read_corpora, to_messages, to_rounds
 
 from .measure import SHARED, options, report
-from .random_checkpoint import TINY
 
 
 ROWS_AT_ONCE = 8

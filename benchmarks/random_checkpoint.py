@@ -7,12 +7,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModel
 
-from common.package import module_of
-
-
-ROOT = Path(__file__).resolve().parent.parent
-TINY = ROOT / "checkpoints/tiny"
-CODE = ("*_chatglm.py", "quantization*.py", "*.jinja", "tokenizer_config.json", "generation_config.json")
+from common.package import CODE, DEFAULTS, ROOT, TINY, module_of, product
 
 
 def write_checkpoint(
@@ -31,7 +26,7 @@ def write_checkpoint(
         sizes: Fields of config.json that are to be others.
     """
     folder.mkdir(parents=True)
-    for pattern in CODE:
+    for pattern in (*CODE, *DEFAULTS):
         for path in ROOT.glob(pattern):
             (folder / path.name).symlink_to(path)
     (folder / "tokenizer.model").symlink_to(TINY / "tokenizer.model")
@@ -99,7 +94,6 @@ def write_gguf(path: Path, layers: int = 28, kind: str = "Q4_0", **sizes):
     import gguf
     import numpy as np
 
-    from conversion.checkpoint import product
     from conversion.to_gguf import write_architecture
 
     config = {**json.loads((ROOT / "config.json").read_text()), **sizes}

@@ -12,8 +12,9 @@ import sys
 
 from transformers import AutoTokenizer
 
+from common.package import TINY
+
 from .measure import options, report, seconds
-from .random_checkpoint import TINY
 from .systems import Ours
 
 

@@ -26,8 +26,10 @@ from pathlib import Path
 
 import torch
 
+from common.package import ROOT
+
 from .measure import SHARED, options, report
-from .random_checkpoint import ROOT, write_checkpoint
+from .random_checkpoint import write_checkpoint
 from .systems import is_installed, prepared
 
 

@@ -24,8 +24,9 @@ from pathlib import Path
 import openai
 import psutil
 
+from common.package import ROOT
+
 from .measure import report
-from .random_checkpoint import ROOT
 
 
 QUERIES = [

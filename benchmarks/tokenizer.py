@@ -18,8 +18,9 @@ import tokenizers
 from transformers import PythonBackend
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+from common.package import ROOT
+
 from .measure import SHARED, in_turn, options, report, seconds
-from .random_checkpoint import ROOT
 
 
 class SlowTokenizer(PythonBackend):

@@ -25,8 +25,10 @@ from transformers import (
     default_data_collator,
 )
 
+from common.package import ROOT
+
 from .measure import PeakMemory, in_turn, options, report
-from .random_checkpoint import ROOT, write_checkpoint
+from .random_checkpoint import write_checkpoint
 from .systems import Glm, is_installed, prepared
 
 

@@ -91,7 +91,7 @@ class Batched(Engine):
 
     def unsupported(self, sampling: Sampling) -> str | None:
         asked = {
-            "seed": sampling.seed is not None and not sampling.is_greedy,
+            "seed": sampling.seed is not None and not self.is_greedy(sampling),
             "min_p": sampling.min_p,
             "frequency_penalty": sampling.frequency_penalty,
             "presence_penalty": sampling.presence_penalty,
@@ -110,15 +110,16 @@ class Batched(Engine):
         request, manager, outputs, received, is_finished = uuid.uuid4().hex, self.manager, asyncio.Queue(), 0, False
         self.routes[request] = manager, outputs
         self.running += 1
+        is_greedy = self.is_greedy(sampling)
         try:
             manager.add_request(
                 prompt,
                 request_id=request,
                 streaming=True,
                 max_new_tokens=sampling.max_new_tokens,
-                temperature=1.0 if sampling.is_greedy else float(sampling.temperature),
-                top_p=1.0 if sampling.is_greedy else float(sampling.top_p),
-                top_k=1 if sampling.is_greedy else sampling.top_k or self.model.config.padded_vocab_size,
+                temperature=1.0 if is_greedy else float(sampling.temperature),
+                top_p=1.0 if is_greedy else float(sampling.top_p),
+                top_k=1 if is_greedy else sampling.top_k or self.model.config.padded_vocab_size,
             )
             while not is_finished:
                 output = await outputs.get()

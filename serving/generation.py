@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import transformers
-from packaging.version import Version
 from transformers import (
     DynamicCache,
     LogitsProcessorList,
@@ -21,17 +19,16 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from common.package import CACHE, module_of
+
 from .prefix_cache import PrefixCache
 from .processors import IsSet, Penalties, Recorder, Satisfiable, Streamer, score
 from .shapes import Token
 
 
-# What `generate` and `forward` call the KV cache
-CACHE = "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"
 # Tokens of a prompt that are encoded at a time. Between chunks a client that has gone is noticed.
 CHUNK = 1024
 SCORED_CHUNK = 256  # where all logits are needed: 65,024 numbers for each token
-GREEDY_BELOW = 1e-3  # temperatures and top_p: divided by less, scores overflow
 
 
 @dataclass
@@ -52,10 +49,6 @@ class Sampling:
     score_prompt: bool = False  # log probabilities of the prompt's tokens too
     grammar: Any = None  # compiled, see `Grammars`
 
-    @property
-    def is_greedy(self) -> bool:
-        return self.temperature < GREEDY_BELOW or self.top_p < GREEDY_BELOW
-
 
 @dataclass
 class Started:
@@ -63,13 +56,6 @@ class Started:
 
     cached_tokens: int = 0
     prompt: list[Token] = field(default_factory=list)
-
-
-def context_length(config) -> int:
-    """Returns how many tokens prompt and answer can have."""
-    if config.rope_parameters["rope_type"] == "dynamic":
-        return int(config.seq_length * config.rope_parameters["factor"])
-    return config.seq_length
 
 
 class Engine:
@@ -85,7 +71,7 @@ class Engine:
     why_unsupported = ""
 
     def __init__(self, model):
-        self.model, self.limit = model, context_length(model.config)
+        self.model, self.limit = model, model.config.context_length
         self.waiting = self.running = 0
 
     def start(self):
@@ -93,6 +79,10 @@ class Engine:
 
     def close(self):
         """Ends all threads."""
+
+    def is_greedy(self, sampling: Sampling) -> bool:
+        least = module_of(self.model, "generation_chatglm").LEAST_TEMPERATURE  # scores divided by less overflow
+        return sampling.temperature < least or sampling.top_p < least
 
     def unsupported(self, sampling: Sampling) -> str | None:
         """Returns the name of a parameter that this engine cannot follow; `why_unsupported` says why."""
@@ -220,7 +210,7 @@ class OneByOne(Engine):
 
             processors += [GrammarLogitsProcessor(sampling.grammar), Satisfiable()]
         options = dict(do_sample=False)
-        if not sampling.is_greedy:
+        if not self.is_greedy(sampling):
             options = dict(do_sample=True, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k)
             options["min_p"] = sampling.min_p or None
         if sampling.seed is not None:

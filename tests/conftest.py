@@ -25,7 +25,8 @@ if not torch.cuda.is_available():
 
 from safetensors.torch import load_file, save_file
 from transformers import ContinuousBatchingConfig
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+from common.package import ROOT, TINY, copy_code, product
 
 
 # Property tests look for new counterexamples at every run, except in continuous integration.
@@ -33,15 +34,7 @@ hypothesis.settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
     hypothesis.settings.load_profile("ci")
 
-ROOT = Path(__file__).resolve().parent.parent
-TINY = ROOT / "checkpoints/tiny"
 SHARED = Path(os.environ.get("CHATGLM2_DATA", ROOT.parent / "shared/data"))
-# The files of a checkpoint folder besides weights and config.json
-CODE_FILES = [
-    path
-    for pattern in ("*_chatglm.py", "quantization*.py", "*.jinja", "*r_config.json")
-    for path in sorted(ROOT.glob(pattern))
-]
 
 SMALL = dict(
     num_layers=2,
@@ -63,7 +56,7 @@ def pytest_sessionfinish():
 
 def load_class(name: str):
     module = {"ChatGLMConfig": "configuration_chatglm", "ChatGLMTokenizer": "tokenization_chatglm"}
-    return get_class_from_dynamic_module(f"{module.get(name, 'modeling_chatglm')}.{name}", ROOT)
+    return product(f"{module.get(name, 'modeling_chatglm')}.{name}")
 
 
 @pytest.fixture(scope="session")
@@ -159,8 +152,7 @@ def write_checkpoint(tiny_tokenizer):
 
     def write(folder: Path, config: dict, state_dict: dict | None = None) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
-        for path in CODE_FILES:
-            shutil.copy(path, folder)
+        copy_code(folder)
         shutil.copy(TINY / "tokenizer.model", folder)
         published = json.loads((ROOT / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**published, "torch_dtype": "float32", **config}))

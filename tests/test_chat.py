@@ -587,6 +587,36 @@ def test_explicit_defaults_count_beside_a_generation_config(model, tokenizer):
     assert len(sampled) > 1
 
 
+@pytest.fixture
+def asked(small_model, tokenizer, monkeypatch):
+    """Returns what `chat` asks of `generate`."""
+    model = small_model(11, padded_vocab_size=8064, seq_length=512)
+
+    def ask(**options):
+        calls = []
+        monkeypatch.setattr(model, "generate", lambda **kwargs: calls.append(kwargs) or kwargs["input_ids"])
+        model.chat(tokenizer, "你好", **options)
+        return calls[0]
+
+    return ask
+
+
+def test_defaults_count_before_the_models_generation_config(asked):
+    defaults = dict(max_length=512, num_beams=1, do_sample=True, top_p=0.8, temperature=0.8)  # 8192, in this context
+    assert asked().items() >= defaults.items()
+
+
+@pytest.mark.parametrize("options", [dict(temperature=0.0), dict(temperature=9e-4), dict(do_sample=False)])
+def test_low_temperatures_are_greedy(asked, options):
+    """Without settings of sampling, of which the library would warn."""
+    assert asked(**options).items() >= dict(do_sample=False, top_p=1.0, temperature=1.0).items()
+
+
+@pytest.mark.parametrize("eos_token_id, end", [(None, 2), (7, 7), ([9, 2], 9)])
+def test_invalid_logits_end_with_the_token_that_ends_answers(asked, eos_token_id, end):
+    assert asked(eos_token_id=eos_token_id)["logits_processor"][0].eos_token_id == end
+
+
 class PlayedBack(LogitsProcessor):
     """Makes `generate` write a given text."""
 

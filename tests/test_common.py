@@ -107,10 +107,12 @@ with only_run(Path({str(tmp_path)!r}), "--output"):
         pass
 
 
-@pytest.mark.parametrize("kind", ["new", "empty", "link", "link to an empty folder"])
+@pytest.mark.parametrize("kind", ["new", "in new folders", "empty", "link", "link to an empty folder"])
 def test_new_folder(tmp_path, kind):
     """Complete at the end, and until then hidden; config.json is there last, without which nothing is loaded."""
     output, target = tmp_path / "out", tmp_path / "target"
+    if kind == "in new folders":
+        output = tmp_path / "a/b/out"
     if "link" in kind:
         output.symlink_to(target)
     if "empty" in kind:
@@ -125,7 +127,7 @@ def test_new_folder(tmp_path, kind):
             assert not (output / "a").exists() and folder.stat().st_dev == tmp_path.stat().st_dev
     assert {path.name: path.read_text() for path in output.iterdir()} == {n: n for n in ("config.json", "a", "z")}
     assert renamed[-1] == ("config.json" if "empty" in kind else "files")
-    assert {path.name for path in tmp_path.iterdir()} == ({"out", "target"} if "link" in kind else {"out"})
+    assert {path.name for path in output.parent.iterdir()} == ({"out", "target"} if "link" in kind else {"out"})
 
 
 def test_new_file(tmp_path):
@@ -286,7 +288,10 @@ def test_names_of_many():
 def test_glm_has_the_same_network(small_model, variant):
     """Configuration and tensors give `GlmForCausalLM` the logits of the model, and the parts of fused tensors fuse again."""
     model = small_model(3, **variant)
-    oracle = GlmForCausalLM(glm.glm_config(model.config, architectures=None)).eval()
+    config = glm.glm_config(model.config, architectures=None)
+    if "rope_ratio" not in variant:  # else it is linear scaling there
+        assert config.rope_parameters["rope_type"] == model.config.rope_parameters["rope_type"]
+    oracle = GlmForCausalLM(config).eval()
     tensors = dict(glm.glm_tensors(model.state_dict().items(), model.config))
     oracle.load_state_dict({name: tensor.clone() for name, tensor in tensors.items()})
     ids = torch.arange(5, 60)[None]

@@ -105,6 +105,11 @@ def test_mended_snapshot(model, shared, tmp_path):
     assert tokenizer.chat_template == (ROOT / "chat_template.jinja").read_text()
 
 
+def test_quantize_puts_the_model_on_a_device(small_model):
+    assert small_model().quantize(8).device.type == "cpu"
+    assert small_model().quantize(8, device="meta").device.type == "meta"
+
+
 def test_save_and_load(checkpoint, tmp_path):
     """The same bytes, the code beside them, and a config.json for everybody."""
     loaded = load(checkpoint)

@@ -9,9 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import DynamicCache, GlmConfig, GlmForCausalLM, LogitsProcessorList, StaticCache
+from transformers import DynamicCache, GlmForCausalLM, LogitsProcessorList, StaticCache
 from transformers.cache_utils import DynamicLayer
 
+from common.glm import glm_config, glm_tensors
 from conftest import SMALL, generate_batch
 
 
@@ -20,53 +21,8 @@ ATTENTION = ["eager", "sdpa", "flex_attention"]
 
 def glm_oracle(model, dtype=torch.float32) -> GlmForCausalLM:
     """The same model as a GlmForCausalLM."""
-    c = model.config
-    rope_parameters = copy.deepcopy(c.rope_parameters)
-    if c.rope_ratio != 1:
-        rope_parameters.update(rope_type="linear", factor=float(c.rope_ratio))
-    glm_config = GlmConfig(
-        vocab_size=c.padded_vocab_size,
-        hidden_size=c.hidden_size,
-        intermediate_size=c.ffn_hidden_size,
-        num_hidden_layers=c.num_layers,
-        num_attention_heads=c.num_attention_heads,
-        num_key_value_heads=c.num_key_value_heads,
-        head_dim=c.kv_channels,
-        attention_bias=c.add_qkv_bias,
-        rms_norm_eps=c.layernorm_epsilon,
-        max_position_embeddings=c.seq_length,
-        tie_word_embeddings=False,
-        rope_parameters=rope_parameters,
-        pad_token_id=0,
-        eos_token_id=2,
-        attn_implementation="eager",
-    )
-    oracle = GlmForCausalLM(glm_config).eval()
-    q_size, kv_size = c.num_attention_heads * c.kv_channels, c.num_key_value_heads * c.kv_channels
-    state_dict = {}
-    for name, tensor in model.state_dict().items():
-        name = name.removeprefix("transformer.")
-        for ours, theirs in {
-            "embedding.word_embeddings": "model.embed_tokens",
-            "encoder.final_layernorm": "model.norm",
-            "output_layer": "lm_head",
-            "encoder.layers": "model.layers",
-            "self_attention.dense": "self_attn.o_proj",
-            "mlp.dense_h_to_4h": "mlp.gate_up_proj",
-            "mlp.dense_4h_to_h": "mlp.down_proj",
-        }.items():
-            name = name.replace(ours, theirs)
-        if "query_key_value" in name:
-            if not c.multi_query_attention:  # query, key and value of each head side by side
-                heads = tensor.unflatten(0, (c.num_attention_heads, 3, c.kv_channels))
-                parts = [part.flatten(0, 1) for part in heads.unbind(1)]
-            else:
-                parts = tensor.split([q_size, kv_size, kv_size])
-            for letter, part in zip("qkv", parts):
-                state_dict[name.replace("self_attention.query_key_value", f"self_attn.{letter}_proj")] = part
-        else:
-            state_dict[name] = tensor
-    oracle.load_state_dict(state_dict)
+    oracle = GlmForCausalLM(glm_config(model.config, attn_implementation="eager")).eval()
+    oracle.load_state_dict(dict(glm_tensors(model.state_dict().items(), model.config)))
     return oracle.to(dtype)
 
 
@@ -493,12 +449,43 @@ def test_sequence_classification_takes_the_last_token(small_model, chatglm):
     close(model(right, attention_mask=mask).logits, expected)
 
 
+@pytest.mark.parametrize("head", ["SequenceClassification", "TokenClassification"])
+def test_classifiers_return_what_the_network_does(small_model, chatglm, head):
+    """Hidden states, attentions and, on request, the cache."""
+    model = small_model(model_class=getattr(chatglm, f"ChatGLMFor{head}"), attn_implementation="eager")
+    ids, options = random_ids(model, 2, 5), dict(output_hidden_states=True, output_attentions=True)
+    output, expected = model(ids, **options), model.transformer(ids, **options)
+    for name in ("hidden_states", "attentions"):
+        assert len(output[name]) == len(expected[name])
+        assert all(torch.equal(a, b) for a, b in zip(output[name], expected[name]))
+    if head == "SequenceClassification":
+        assert model(ids, use_cache=True).past_key_values.get_seq_length() == 5
+        assert model(ids, use_cache=False).past_key_values is None
+
+
+def test_device_of_a_new_model(chatglm):
+    for head in ("ConditionalGeneration", "SequenceClassification"):
+        model_class, config = getattr(chatglm, f"ChatGLMFor{head}"), chatglm.ChatGLMConfig(**SMALL)
+        assert model_class(config).device.type == "cpu"
+        assert model_class(config, device="meta").device.type == "meta"
+
+
 def test_token_classification(small_model, chatglm):
     model = small_model(model_class=chatglm.ChatGLMForTokenClassification, num_labels=3)
     labels = torch.randint(0, 3, (2, 5))
     output = model(random_ids(model, 2, 5), labels=labels)
     assert output.logits.shape == (2, 5, 3)
     close(output.loss, torch.nn.functional.cross_entropy(output.logits.flatten(0, 1), labels.flatten()))
+
+
+@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
+def test_short_inputs_with_a_prefix_equal_the_beginning_of_longer_ones(small_model, attn_implementation):
+    model = small_model(pre_seq_len=3, attn_implementation=attn_implementation)
+    ids = random_ids(model, 2, 6)
+    with torch.no_grad():
+        expected = model(ids).logits
+        for length in range(1, 6):
+            close(model(ids[:, :length]).logits, expected[:, :length])
 
 
 # Embeddings
@@ -665,6 +652,19 @@ def test_growing_layer_equals_the_library_s(chatglm):
         assert torch.equal(held.keys, plain.keys[:, :, :-1])
         held.update(*torch.randn(2, 2, 3, 1, 8))
         assert torch.equal(growing.keys, plain.keys)
+
+
+def test_gradients_through_a_cache_equal_those_without(small_model):
+    model = small_model()
+    ids, gradients = random_ids(model, 2, 8), []
+    for chunks in ([ids], [ids[:, :5], ids[:, 5:7], ids[:, 7:]]):
+        cache = DynamicCache(config=model.config)
+        logits = torch.cat([model(chunk, past_key_values=cache).logits for chunk in chunks], dim=1)
+        logits.square().sum().backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+        model.zero_grad()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-2, rtol=1e-3, msg=name)
 
 
 def test_steps_do_not_copy_the_cache(small_model):

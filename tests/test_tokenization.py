@@ -404,6 +404,7 @@ def test_tokens_of_programs(tokenizer, chatglm, tmp_path):
     assert pickle.loads(pickle.dumps(other))("a <|tool|>") == other("a <|tool|>")
     assert other.add_tokens(["<a>", "<b>"]) == 2 and other.add_tokens("<a>") == other.add_tokens([]) == 0
     assert other.tokenize("x<a>y <b>") == [*other.tokenize("x"), "<a>", *other.tokenize("y "), "<b>"]
+    assert other.decode(other("x<a>")["input_ids"]) == "x<a>"
 
 
 def test_streaming_decode(tokenizer):
