@@ -1,0 +1,237 @@
+"""The chat in a terminal, in small windows of tmux: what stands in the window, and what in the lines that have left it."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+
+from conftest import ROOT
+
+
+pytest.importorskip("rich")
+from examples import terminal  # noqa: E402
+
+
+pytestmark = [
+    pytest.mark.xdist_group("terminal"),
+    pytest.mark.skipif(shutil.which("tmux") is None, reason="tmux is not installed"),
+]
+
+# Answers a text, three characters at a time; to other queries it says what it was asked.
+SCRIPTED = """
+import sys, time
+from examples import cli_chat
+
+class Model:
+    def stream_chat(self, tokenizer, query, history, past_key_values=None, return_past_key_values=True, **options):
+        text = open(sys.argv[1]).read() if query == "go" else f"{len(history)} earlier, asked {query!r}"
+        for end in range(3, len(text) + 3, 3):
+            yield text[:end], [*history, (query, text[:end])], None
+            time.sleep(0.004)
+
+cli_chat.chat(Model(), None, "ChatGLM2 · scripted")
+"""
+ITEMS = "".join(f"{i}. item number {i} with words that wrap in small windows 中文也会换行\n" for i in range(10, 60))
+PARAGRAPHS = "# A title\n\nfirst " + "and on " * 8 + "\n\n| a | b |\n|---|---|\n| 中文 | 1 |\n\n" + ITEMS
+
+
+class Window:
+    """A shell in tmux."""
+
+    def __init__(self, folder, columns: int, rows: int):
+        self.tmux = ["tmux", "-f", "/dev/null", "-S", str(folder / "tmux")]
+        environment = ["-e", "LC_ALL=C.UTF-8", "-e", f"PYTHONPATH={ROOT}"]
+        size = ["-x", str(columns), "-y", str(rows)]
+        self.do("new-session", "-d", *size, "-c", str(folder), *environment, "bash --norc --noprofile")
+        self.wait_for("[$#]")
+
+    def do(self, *command: str) -> str:
+        return subprocess.run([*self.tmux, *command], check=True, capture_output=True, text=True).stdout
+
+    def type(self, *keys: str):
+        """Types keys, by their names in tmux, or text."""
+        self.do("send-keys", *keys)
+
+    def seen(self) -> str:
+        return self.do("capture-pane", "-p").rstrip()
+
+    def all_lines(self) -> str:
+        """With those that have left the window at its top"""
+        return self.do("capture-pane", "-p", "-S", "-")
+
+    def wait_for(self, pattern: str, seconds: float = 30):
+        end = time.monotonic() + seconds
+        while not re.search(pattern, shown := self.seen()):
+            assert time.monotonic() < end, shown
+            time.sleep(0.02)
+
+    def run(self, *command: str):
+        self.type("-l", "clear; " + shlex.join(command) + "; echo code $?")
+        self.type("Enter")
+
+    def ask(self, query: str):
+        self.wait_for("用户：$")
+        self.type("-l", query)
+        self.type("Enter")
+
+
+@pytest.fixture
+def open_window(tmp_path):
+    windows = []
+
+    def open(columns: int = 40, rows: int = 10, answer: str = ITEMS) -> Window:
+        windows.append(Window(tmp_path, columns, rows))
+        (tmp_path / "answer.md").write_text(answer, encoding="utf-8")
+        (tmp_path / "scripted.py").write_text(SCRIPTED, encoding="utf-8")
+        windows[-1].run(sys.executable, "scripted.py", "answer.md")
+        return windows[-1]
+
+    yield open
+    for window in windows:
+        window.do("kill-server")
+
+
+def item_numbers(text: str) -> list[int]:
+    return [int(number) for number in re.findall(r"^ *\d+ item number (\d+)", text, flags=re.M)]
+
+
+def test_answer_that_is_taller_than_the_window_shows_its_end(open_window):
+    window = open_window()
+    window.ask("go")
+    window.wait_for("item number 20")  # while it grows
+    assert "用户" not in window.seen()
+    window.wait_for("用户：$")
+    assert item_numbers(window.all_lines()) == list(range(10, 60))
+    assert window.all_lines().count("ChatGLM：") == 1
+
+
+def test_paragraph_that_is_taller_than_the_window_shows_its_end(open_window):
+    window = open_window(answer=" ".join(f"w{i}" for i in range(300)))
+    window.ask("go")
+    window.wait_for(r"w200\b")
+    window.wait_for("用户：$")
+    assert re.findall(r"w\d+", window.all_lines()) == [f"w{i}" for i in range(300)]
+
+
+def test_resizing_leaves_no_pieces_of_lines(open_window):
+    window = open_window(answer=PARAGRAPHS)
+    window.ask("go")
+    for number, size in zip((14, 22, 30, 40), ((25, 8), (60, 12), (33, 24), (40, 9))):
+        window.wait_for(f"item number {number}")
+        window.do("resize-window", "-x", str(size[0]), "-y", str(size[1]))
+    window.wait_for("用户：$")
+    shown = window.all_lines()
+    assert item_numbers(shown) == list(range(10, 60))
+    assert shown.count("A title") == 1 and shown.count("first") == 1 and shown.count("中文  1") == 1
+    words = re.sub(r"[\s\d]", "", shown.split("item number 10")[1].split("用户")[0])
+    assert words == re.sub(r"[\s\d.]", "", ITEMS.split("item number 10")[1])
+
+
+def test_interrupted_answer_is_shown_once(open_window):
+    window = open_window(answer="The first line of it is longer than forty columns are.\n\n" + ITEMS)
+    window.ask("go")
+    window.wait_for("item number 20")
+    window.type("C-c")
+    window.wait_for("用户：$")
+    shown = window.all_lines()
+    assert shown.count("The first line") == 1 and shown.count("…\n") == 1 and "^C" not in shown
+    numbers = item_numbers(shown)
+    assert numbers == list(range(10, numbers[-1] + 1)) and numbers[-1] < 59
+    window.ask("again")
+    window.wait_for("1 earlier, asked 'again'")  # the dialogue goes on
+
+
+def test_keys_typed_during_an_answer_wait_for_the_prompt(open_window):
+    window = open_window()
+    window.ask("go")
+    window.wait_for("item number 20")
+    window.type("-l", "typed early")
+    window.type("Enter")
+    window.wait_for("asked 'typed early'")
+    assert item_numbers(window.all_lines()) == list(range(10, 60))
+
+
+@pytest.mark.parametrize("keys", [["C-c"], ["C-d"], ["/exit", "Enter"], ["exit", "Enter"], ["stop", "Enter"]], ids=" ".join)
+def test_ways_to_end(open_window, keys):
+    window = open_window()
+    window.wait_for("用户：$")
+    window.type(*keys)
+    window.wait_for("code 0")
+    assert "Traceback" not in window.all_lines()
+
+
+@pytest.mark.parametrize("seconds", [0.5, 2, 4])
+def test_interrupt_while_loading_is_quiet(open_window, seconds):
+    window = open_window(columns=100)
+    window.type("C-d")
+    window.wait_for("code 0")
+    window.run(sys.executable, "-m", "examples.cli_chat")
+    time.sleep(seconds)
+    window.type("C-c")
+    window.wait_for("code (130|0)", 20)  # 0: it was at the prompt already
+    assert "Traceback" not in window.all_lines() and "Error" not in window.all_lines()
+
+
+def test_commands(open_window):
+    window = open_window()
+    window.ask("/help")
+    window.wait_for("/clear +清空对话")
+    window.ask("one")
+    window.wait_for("0 earlier, asked 'one'")
+    window.ask("two")
+    window.wait_for("1 earlier, asked 'two'")
+    window.ask("/clear")
+    window.ask("three")
+    window.wait_for("0 earlier, asked 'three'")
+
+
+def test_input_of_several_lines(open_window):
+    window = open_window(columns=80)
+    for line in ('"""first', "second", 'third"""'):
+        window.type("-l", line)
+        window.type("Enter")
+    window.wait_for(r"asked 'first\\nsecond\\nthird'")
+    window.wait_for("用户：$")
+    window.type('"""', "Enter", "draft", "Enter", "C-c")  # gives up what is typed, and not the chat
+    window.ask("after")
+    window.wait_for("1 earlier, asked 'after'")
+
+
+def test_several_lines_that_are_pasted_are_one_query(open_window):
+    window = open_window(columns=80)
+    window.wait_for("用户：$")
+    window.do("set-buffer", "first\nsecond")
+    window.do("paste-buffer", "-p")
+    window.wait_for("second")
+    window.type("Enter")
+    window.wait_for(r"0 earlier, asked 'first\\nsecond'")
+
+
+def test_greeting_names_the_model(open_window):
+    window = open_window(columns=80)
+    window.type("C-d")
+    window.run(sys.executable, "-m", "examples.cli_chat", "--device", "cpu", "--quantization", "int8")
+    window.wait_for(r"ChatGLM2 · tiny · INT8, \d+\.\d MB, cpu · 8,192 tokens")
+    window.wait_for("Ctrl-C .*stop an answer")
+
+
+# Without a terminal
+
+
+@pytest.mark.parametrize(
+    "text, blocks",
+    [
+        ("", [("", False)]),
+        ("one\ntwo", [("one\ntwo", True)]),
+        ("one\n\ntwo\n", [("one\n\n", True), ("two\n", True)]),
+        ("- a\n  - b\n- c\n\nd", [("- a\n  - b\n", True), ("- c\n\n", False), ("d", True)]),
+        ("```\n- a\n\nb\n", [("```\n- a\n\nb\n", True)]),
+        ("\n\na\u2028b\x0c\n# c", [("\n\na\u2028b\x0c\n", False), ("# c", True)]),
+    ],
+)
+def test_blocks_of_markdown(text, blocks):
+    assert terminal.split_blocks(text) == blocks
