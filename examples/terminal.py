@@ -155,7 +155,7 @@ class Block:
     Args:
         text: The block.
         is_spaced: Whether an empty line is before it.
-        is_growing: Whether it is the last one, of which the end is shown, in the lower half of the window at most. More would
+        is_growing: Whether it is the last one, of which the end is shown, a third of the window at most. More would
             leave the window when that becomes narrower, and lines that have left it cannot be erased.
     """
 
@@ -172,7 +172,7 @@ class Block:
         if self.is_spaced:
             lines.insert(0, [])
         if self.is_growing:
-            lines = lines[-max(console.height // 2, 1) :]
+            lines = lines[-max(console.height // 3, 1) :]
         self.lines = ["".join(segment.text for segment in line) for line in lines]
         for line in lines:
             yield from line
