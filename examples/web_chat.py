@@ -41,8 +41,7 @@ footer {display: none !important}
 .input-container textarea {background: transparent !important; border: none !important; box-shadow: none !important}
 .dark .message pre {background: var(--body-background-fill) !important}
 @media (max-width: 600px) {
-  .gradio-container main {padding: 8px !important}
-  .gradio-container main.contain, .gradio-container main.app {padding: 4px !important}
+  .gradio-container .fillable {padding: 8px !important}
   .header h1 {font-size: 1rem}
 }
 """

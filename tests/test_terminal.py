@@ -123,7 +123,7 @@ def test_paragraph_that_is_taller_than_the_window_shows_its_end(open_window):
 
 
 def test_resizing_leaves_no_pieces_of_lines(open_window, tmp_path):
-    sizes = [(25, 8), (60, 12), (33, 24), (40, 9)]
+    sizes = [(30, 10), (60, 12), (45, 12), (40, 10)]
     parts = [PARAGRAPHS, *(ITEMS.replace("item", f"part{i}") for i in range(len(sizes)))]
     text = "\v and on".join(f"{part}\nstop{i} and{' a line that wraps' * 8}" for i, part in enumerate(parts))
     window = open_window(answer=text)

@@ -182,7 +182,7 @@ def test_dialogue_with_the_small_model(open_tab):
     """What `chat` answers, round after round, in Chinese and English."""
     tokenizer = AutoTokenizer.from_pretrained(TINY, trust_remote_code=True)
     model = AutoModel.from_pretrained(TINY, trust_remote_code=True).float().eval()
-    page, url = serve(model, tokenizer, temperature=0)
+    page, url = serve(model, tokenizer, temperature=0, name="tiny · float32, 37.9 MB")
     try:
         tab = open_tab(url, viewport={"width": 1000, "height": 760}, device_scale_factor=2)
         history = []
@@ -192,8 +192,6 @@ def test_dialogue_with_the_small_model(open_tab):
         assert tab.texts() == [" ".join(response.split()) for _, response in history]
         assert tab.texts("user") == [query for query, _ in history]
         if "WEB_CHAT_SCREENSHOT" in os.environ:
-            tab.page.get_by_text("Settings").click()
-            tab.page.set_viewport_size({"width": 1000, "height": 1100})
             tab.page.mouse.move(0, 0)
             time.sleep(1)
             tab.page.screenshot(path=os.environ["WEB_CHAT_SCREENSHOT"])
