@@ -332,7 +332,7 @@ def test_page_says_what_it_is(scripted, open_tab):
     tab = open_tab(url, locale="de-DE", viewport={"width": 1600, "height": 900})
     tab.page.get_by_text("scripted · INT4, 3.9 GB").wait_for()
     tab.ask("one")
-    playwright.expect(tab.page.locator(".status")).to_have_text(re.compile(r"^\s*\d+\.\d tokens/s\s*$"))
+    playwright.expect(tab.page.locator(".prose.status")).to_have_text(re.compile(r"^\s*\d+\.\d tokens/s\s*$"))
     assert tab.page.evaluate("document.documentElement.lang") == "de-DE"
     assert tab.page.get_by_label("问题 · Question").count() == 1 and tab.page.get_by_label("发送 · Send").count() == 1
     assert tab.answers().first.bounding_box()["width"] <= 820
