@@ -137,6 +137,7 @@ def test_resizing_leaves_no_pieces_of_lines(open_window, tmp_path):
         window.do("resize-window", "-x", str(columns), "-y", str(rows))
         while subprocess.check_output(["stty", "-F", terminal, "size"]).split() != [b"%d" % rows, b"%d" % columns]:
             time.sleep(0.02)
+        time.sleep(0.5)
         (tmp_path / "paused").unlink()
     window.wait_for("用户：$")
     shown, expected = letters(window.all_lines().split("ChatGLM：")[1].split("用户：")[0]), letters(text)

@@ -144,7 +144,7 @@ class Tab:
     def set_slider(self, name: str, value: str):
         slider = self.page.get_by_label(f"number input for {name}")
         if not slider.is_visible():
-            self.page.get_by_text("Settings").click()
+            self.page.get_by_role("button", name="设置 · Settings").click()
         slider.wait_for()
         for _ in range(20):  # the page may put the old value back while it unfolds
             slider.fill(value)
@@ -316,7 +316,7 @@ def test_question_that_is_too_long_stays_in_the_input(scripted, open_tab, locale
     """With a message in the language of the browser. Once max_length is raised, it is answered."""
     model, url = scripted
     tab = open_tab(url, locale=locale)
-    question = " ".join(["w"] * 8192)
+    model.text, question = "Yes.", " ".join(["w"] * 8192)
     tab.ask(question, wait=False)
     tab.page.get_by_text(words).wait_for(timeout=20_000)
     assert tab.input.input_value() == question and tab.texts("user") == [] and model.asked == []
