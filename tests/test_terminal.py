@@ -129,15 +129,12 @@ def test_resizing_leaves_no_pieces_of_lines(open_window, tmp_path):
     text = "\v and on\n".join(f"{PARAGRAPHS}stop{i} and {'a line that wraps ' * 4}" for i in range(len(sizes) + 1))
     window = open_window(answer=text)
     window.ask("go")
-    terminal = window.do("display-message", "-p", "#{pane_tty}").strip()
     for columns, rows in sizes:
         while not (tmp_path / "paused").exists():
             time.sleep(0.02)
         time.sleep(0.5)  # until tmux has read what was drawn
         window.do("resize-window", "-x", str(columns), "-y", str(rows))
-        while subprocess.check_output(["stty", "-F", terminal, "size"]).split() != [b"%d" % rows, b"%d" % columns]:
-            time.sleep(0.02)
-        time.sleep(0.5)
+        time.sleep(1.5)
         (tmp_path / "paused").unlink()
     window.wait_for("用户：$")
     shown, expected = letters(window.all_lines().split("ChatGLM：")[1].split("用户：")[0]), letters(text)

@@ -184,7 +184,7 @@ def test_dialogue_with_the_small_model(open_tab):
     model = AutoModel.from_pretrained(TINY, trust_remote_code=True).float().eval()
     page, url = serve(model, tokenizer, temperature=0, name="tiny · float32, 37.9 MB")
     try:
-        tab = open_tab(url, viewport={"width": 1000, "height": 760}, device_scale_factor=2)
+        tab = open_tab(url, viewport={"width": 1000, "height": 900}, device_scale_factor=2)
         history = []
         for query in ["你好", "Who are you?", "Thank you!"]:
             tab.ask(query)
