@@ -13,7 +13,10 @@ from pathlib import Path
 from common.package import ROOT
 
 
-OURS, PEER, OTHERS = "#1f6fb4", "#b0b0b0", ["#d98032", "#6a9f58", "#8d6cab", "#b5544d"]
+# Okabe and Ito's colours, which the colour-blind tell apart; lines have different markers too
+OURS, PEER, OTHERS = "#0072b2", "#999999", ["#e69f00", "#009e73", "#cc79a7", "#d55e00"]
+MARKERS = "osD^v"
+DPI = 200
 
 
 def table(header: list[str], rows: list[list]) -> str:
@@ -74,8 +77,10 @@ def decode_text(figures: dict) -> str:
 
 def decode_plot(figures: dict, plt):
     figure, axes = plt.subplots(1, 2, figsize=(10, 4))
-    rows = decode_rows(figures)
-    for axis, key, title in zip(axes, ("decode_tokens_s", "prefill_tokens_s"), ("Decoding", "Prompt")):
+    rows = [(name, result) for name, result in decode_rows(figures) if result["layers"] == most_layers(figures)]
+    for axis, key, title in zip(
+        axes, ("decode_tokens_s", "prefill_tokens_s"), ("Decoding", f"Prompt of {figures['prompt']} tokens")
+    ):
         for i, (_, result) in enumerate(rows):
             peer = peer_of(result)
             axis.bar(i - 0.2, result["this"][key], 0.4, color=OURS, label="this package" if i == 0 else None)
@@ -86,11 +91,21 @@ def decode_plot(figures: dict, plt):
                 axis.bar(i + 0.2, result[peer][key], 0.4, color=color, label=None if label in shown else label)
                 top = max(result["this"][key], result[peer][key])
                 axis.text(i, top, f"{result['ratio'][key]:.2f}x", ha="center", va="bottom")
-        axis.set_xticks(range(len(rows)), [name.replace(", ", "\n") for name, _ in rows])
+        axis.set_xticks(range(len(rows)), [name for name, _ in rows])
         axis.set(title=title, ylabel="tokens per second")
         axis.margins(y=0.15)
-    axes[0].legend()
+    legend_above(figure, axes[0])
     return figure
+
+
+def most_layers(figures: dict) -> int:
+    return max(result["layers"] for _, result in decode_rows(figures))
+
+
+def legend_above(figure, axis):
+    """One legend for all axes, outside of them, where it covers nothing."""
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 4), frameon=False)
 
 
 def attention_text(figures: dict) -> str:
@@ -125,20 +140,22 @@ def attention_plot(figures: dict, plt):
     rows = figures["rows"]
     positions = [row["positions"] for row in rows]
     names = [name for name in rows[0] if isinstance(rows[0][name], dict)]
-    for name, color in zip(names, [OURS, *OTHERS]):
+    for name, color, marker in zip(names, [OURS, *OTHERS], MARKERS):
         added = [max(row[name]["milliseconds_added_per_layer"], 0.05) for row in rows]  # noise can be negative
-        axes[0].plot(positions, added, marker="o", color=color, label=name)
+        axes[0].plot(positions, added, marker=marker, color=color, label=name)
         if name in figures["base_ms"]:
             speed = [1000 / row[name]["decode_ms"] for row in rows]
-            axes[1].plot(positions, speed, marker="o", color=color, label=name)
-    axes[0].set(title="Attention adds to a step", ylabel="milliseconds per layer", yscale="log")
+            axes[1].plot(positions, speed, marker=marker, color=color, label=name)
+    axes[0].set(
+        title="Time that attention adds to a decoding step", ylabel="milliseconds per layer (log scale)", yscale="log"
+    )
     axes[1].set(title="Decoding, INT4, 28 layers", ylabel="tokens per second")
     axes[1].set_ylim(bottom=0)
     for axis in axes:
-        axis.set(xlabel="positions", xscale="log")
+        axis.set(xlabel="tokens in the KV cache", xscale="log")
         axis.set_xticks(positions, [f"{n:,}" for n in positions])
         axis.minorticks_off()
-        axis.legend(fontsize="small", loc="lower right" if axis is axes[0] else "lower left")
+    legend_above(figure, axes[0])
     return figure
 
 
@@ -161,20 +178,25 @@ def prompts_text(figures: dict) -> str:
 
 def prompts_plot(figures: dict, plt):
     figure, axes = plt.subplots(1, 2, figsize=(10, 4))
-    for way, color in (("in chunks", OURS), ("whole", OTHERS[0])):
+    for way, color, marker in (("in chunks", OURS, "o"), ("whole", OTHERS[0], "s")):
         rows = [row for row in figures["rows"] if way in row]
         tokens = [row["tokens"] for row in rows]
-        axes[0].plot(
-            tokens, [row[way]["peak_gb_above_weights_and_cache"] for row in rows], marker="o", color=color, label=way
-        )
+        label = {"in chunks": "in chunks of 1,024 tokens", "whole": "whole prompt at once"}[way]
+        memory = [row[way]["peak_gb_above_weights_and_cache"] for row in rows]
+        axes[0].plot(tokens, memory, marker=marker, color=color, label=label)
         speed = [row["tokens"] / row[way]["seconds"] for row in rows]
-        axes[1].plot(tokens, speed, marker="o", color=color, label=way)
-    axes[0].set(title="Peak memory above weights and cache", ylabel="GB")
-    axes[1].set(title=f"Speed, {figures['layers']} layers", ylabel="tokens per second")
+        axes[1].plot(tokens, speed, marker=marker, color=color)
+        if len(rows) < len(figures["rows"]):
+            end = (f"not run beyond\n{tokens[-1]:,} tokens:\nabout 10 GB", (tokens[-1], memory[-1]))
+            axes[0].annotate(
+                *end, xytext=(8, 4), textcoords="offset points", va="top", fontsize="small", color="#555555"
+            )
+    axes[0].set(title="Peak memory above weights and KV cache", ylabel="GB")
+    axes[1].set(title="Prefill speed", ylabel="tokens per second")
     for axis in axes:
-        axis.set(xlabel="tokens of prompt")
+        axis.set(xlabel="tokens in the prompt")
         axis.set_ylim(bottom=0)
-        axis.legend()
+    legend_above(figure, axes[0])
     return figure
 
 
@@ -191,16 +213,17 @@ def rounds_text(figures: dict) -> str:
 
 
 def rounds_plot(figures: dict, plt):
-    figure, axis = plt.subplots(figsize=(6, 4))
+    figure, axis = plt.subplots(figsize=(8, 4))
     rows = figures["rows"]
     for i, row in enumerate(rows):
         axis.bar(i - 0.2, row["encoded_again_s"], 0.4, color=PEER, label=None if i else "history encoded again")
-        axis.bar(i + 0.2, row["with_cache_s"], 0.4, color=OURS, label=None if i else "with the cache")
-        axis.text(i, row["encoded_again_s"], f"{row['ratio']:.0f}x", ha="center", va="bottom")
+        axis.bar(i + 0.2, row["with_cache_s"], 0.4, color=OURS, label=None if i else "KV cache kept")
+        axis.text(i - 0.2, row["encoded_again_s"], f"{row['encoded_again_s']:.0f} s", ha="center", va="bottom")
+        axis.text(i + 0.2, row["with_cache_s"], f"{row['with_cache_s']:.1f} s", ha="center", va="bottom")
     axis.set_xticks(range(len(rows)), [f"{row['history_tokens']:,}" for row in rows])
-    axis.set(title="Time to the first token", xlabel="tokens of history", ylabel="seconds", yscale="log")
+    axis.set(title="Time to the first token of an answer", xlabel="tokens of history", ylabel="seconds")
     axis.margins(y=0.15)
-    axis.legend()
+    legend_above(figure, axis)
     return figure
 
 
@@ -216,15 +239,15 @@ def batching_text(figures: dict) -> str:
 
 
 def batching_plot(figures: dict, plt):
-    figure, axis = plt.subplots(figsize=(6, 4))
+    figure, axis = plt.subplots(figsize=(8, 4))
     requests = [row["requests"] for row in figures["rows"]]
-    for way, color in zip(figures["rows"][0]["tokens_s"], [PEER, OTHERS[0], OURS]):
-        axis.plot(requests, [row["tokens_s"][way] for row in figures["rows"]], marker="o", color=color, label=way)
-    axis.set(title="Throughput", xlabel="requests", ylabel="tokens per second", xscale="log")
+    for way, color, marker in zip(figures["rows"][0]["tokens_s"], [PEER, OTHERS[0], OURS], MARKERS):
+        axis.plot(requests, [row["tokens_s"][way] for row in figures["rows"]], marker=marker, color=color, label=way)
+    axis.set(title="Throughput of all requests together", xlabel="requests", ylabel="tokens per second", xscale="log")
     axis.set_xticks(requests, requests)
     axis.minorticks_off()
     axis.set_ylim(bottom=0)
-    axis.legend()
+    legend_above(figure, axis)
     return figure
 
 
@@ -249,15 +272,15 @@ def training_text(figures: dict) -> str:
 
 def training_plot(figures: dict, plt):
     figure, axes = plt.subplots(1, 2, figsize=(10, 4))
-    for axis, key, title in zip(axes, ("tokens_s", "peak_gb"), ("Speed, tokens per second", "Peak memory, GB")):
+    for axis, key, title in zip(axes, ("tokens_s", "peak_gb"), (("Speed", "tokens per second"), ("Peak memory", "GB"))):
         for i, row in enumerate(figures["ways"].values()):
             for offset, system, color in ((-0.2, "this", OURS), (0.2, "GlmForCausalLM", PEER)):
                 if system in row:
                     label = {"this": "this package", "GlmForCausalLM": "GlmForCausalLM (Transformers)"}[system]
                     axis.bar(i + offset, row[system][key], 0.4, color=color, label=None if i else label)
         axis.set_xticks(range(len(figures["ways"])), figures["ways"])
-        axis.set(title=title)
-    axes[0].legend()
+        axis.set(title=title[0], ylabel=title[1])
+    legend_above(figure, axes[0])
     return figure
 
 
@@ -284,10 +307,10 @@ def evaluation_plot(figures: dict, plt):
         axis.barh(i + 0.2, this, 0.4, color=OURS, label=None if i else "this package")
         axis.text(max(this, harness), i, f" {row['ratio']:.1f}x", va="center")
     axis.set_yticks(range(len(rows)), [row["task"].replace(" (", "\n(") for row in rows])
-    axis.set(title="Evaluation", xlabel="seconds")
+    axis.set(title="Time to evaluate", xlabel="seconds")
     axis.margins(x=0.12)
     axis.invert_yaxis()
-    axis.legend()
+    legend_above(figure, axis)
     return figure
 
 
@@ -303,13 +326,13 @@ def tokenizer_plot(figures: dict, plt):
     figure, axis = plt.subplots(figsize=(8, 4))
     rows = figures["rows"]
     for i, row in enumerate(rows):
-        axis.bar(i - 0.2, row["slow"], 0.4, color=PEER, label=None if i else "as published")
+        axis.bar(i - 0.2, row["slow"], 0.4, color=PEER, label=None if i else "as published (SentencePiece in Python)")
         axis.bar(i + 0.2, row["this"], 0.4, color=OURS, label=None if i else "this package")
         axis.text(i, max(row["slow"], row["this"]), f"{row['ratio']:.1f}x", ha="center", va="bottom")
     axis.set_xticks(range(len(rows)), [f"{row['text']}\n{row['task']}".replace(", ", ",\n") for row in rows])
-    axis.set(title="Tokenizer", ylabel="million tokens per second")
+    axis.set(title="Tokenizer speed", ylabel="million tokens per second")
     axis.margins(y=0.15)
-    axis.legend()
+    legend_above(figure, axis)
     return figure
 
 
@@ -327,11 +350,30 @@ def quantization_quality_plot(figures: dict, plt):
     for i, result in enumerate(results.values()):
         axis.text(result["divergence"], i, f" perplexity {result['perplexity']:.2f}", va="center")
     exact = figures["results"]["not quantized"]["perplexity"]
-    axis.set(title=f"What quantization costs (perplexity without: {exact:.2f})", xlabel="KL divergence")
+    axis.set(
+        title=f"What quantization costs (perplexity of the float32 model: {exact:.2f})",
+        xlabel="KL divergence from the float32 model, nats per token",
+    )
     axis.margins(x=0.35)
     axis.invert_yaxis()
     return figure
 
+
+SIZES = "the 6B shape, random weights"
+# What each plot is of
+MODELS = {
+    "decode": lambda figures: f"{most_layers(figures)} layers of {SIZES}",
+    "attention": lambda figures: f"{figures['layers']} layers of {SIZES}, INT4; speed computed for 28 layers",
+    "prompts": lambda figures: f"{figures['layers']} of 28 layers of {SIZES}, INT4, single runs",
+    "rounds": lambda figures: f"{figures['layers']} layers of {SIZES}, INT4",
+    "batching": lambda figures: f"{figures['layers']} layers of {SIZES}, INT4, single runs",
+    "training": lambda figures: "{num_layers} layers of width {hidden_size}, random weights, float32".format(
+        **figures["shape"]
+    ),
+    "evaluation": lambda figures: "checkpoints/tiny, float32",
+    "tokenizer": lambda figures: "tokenizer of ChatGLM2-6B",
+    "quantization_quality": lambda figures: "checkpoints/tiny, held-out text",
+}
 
 # Of each benchmark: the heading, the table, the plot
 SECTIONS = {
@@ -444,8 +486,10 @@ def main():
         ]
         if plt is not None:
             figure = plot(result, plt)
-            figure.tight_layout()
-            figure.savefig(args.docs / image, dpi=100)
+            figure.set_layout_engine("constrained")
+            where = f"{result['machine']['cpu']}, {result['machine']['threads']} threads"
+            figure.supxlabel(f"{MODELS[name](result)} · {where}", fontsize="small", color="#555555")
+            figure.savefig(args.docs / image, dpi=DPI)
             plt.close(figure)
     (args.docs / "benchmarks.md").write_text("\n".join(page) + "\n")
 

@@ -224,17 +224,21 @@ def plot(suites: dict, path: Path):
             correct, samples = columns_of(suite, results)["Average"]
             value, (low, high) = 100 * correct / samples, wilson(correct, samples)
             errors = [[max(value - low, 0)], [max(high - value, 0)]]
-            axis.bar(len(names), value, color="#1f6fb4", yerr=errors, capsize=3)
+            label_of_bars = "measured, with the 95 % interval" if not names else None
+            axis.bar(len(names), value, color="#0072b2", yerr=errors, capsize=3, label=label_of_bars)
             names.append(label)
         for model in ("ChatGLM-6B", "ChatGLM2-6B (base)", "ChatGLM2-6B"):
-            axis.bar(len(names), PUBLISHED["models"][model][suite][0], color="#b0b0b0")
+            label_of_bars = "published" if model == "ChatGLM-6B" else None
+            axis.bar(len(names), PUBLISHED["models"][model][suite][0], color="#999999", label=label_of_bars)
             names.append(model)
         if suite in CHANCE:
-            axis.axhline(CHANCE[suite], color="#b5544d", linestyle=":", linewidth=1)
+            axis.axhline(CHANCE[suite], color="#d55e00", linestyle=":", linewidth=1.5, label="chance")
         axis.set_xticks(range(len(names)), names, rotation=40, ha="right")
         axis.set_title(TITLES[suite])
-    figure.axes[0].set_ylabel("percent right (dotted: chance)")
-    figure.savefig(path, dpi=120)
+    figure.axes[0].set_ylabel("percent right")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
+    figure.savefig(path, dpi=200)
 
 
 def write_report(folders: list[Path], output: Path) -> Path:

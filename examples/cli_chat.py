@@ -6,9 +6,9 @@ Chat in the terminal.
     python -m examples.cli_chat --prompt "你好"          # answers once
     printf '你好\\nWho are you?\\n' | python -m examples.cli_chat
 
-`clear` forgets the dialogue, `stop` ends. Ctrl-C stops an answer and keeps the dialogue. In a terminal answers are shown as
-Markdown (by rich, if it is installed), elsewhere as they are. What is read from a pipe is UTF-8, or in the encoding of the
-locale if that is another.
+`/help` lists the commands. Ctrl-C stops an answer and keeps the dialogue. In a terminal answers are shown as Markdown (by rich,
+if it is installed), elsewhere as they are. What is read from a pipe is UTF-8, or in the encoding of the locale if that is
+another.
 """
 
 import argparse
@@ -16,78 +16,29 @@ import codecs
 import locale
 import os
 import sys
-import unicodedata
 from collections.abc import Iterator
 
-import torch
-
 from common.errors import plain_errors
-from common.load_model import add_model_options, at_least, load_model
+from examples.terminal import display_for_output
 
 
-try:
-    from markdown_it import MarkdownIt  # what rich reads Markdown with
-    from rich.console import Console
-    from rich.live import Live
-    from rich.markdown import Markdown
-except ImportError:
-    Console = None
-
-GREETING = "欢迎使用 ChatGLM2。输入内容即可对话，clear 清空对话历史，stop 结束。\nType to chat; `clear` forgets the dialogue, `stop` ends."
-
-
-class PlainDisplay:
-    """Prints answers as they come."""
-
-    def __enter__(self):
-        self.shown = ""
-        return self
-
-    def show(self, response: str):
-        # What was shown stays: only what is added to it is printed.
-        print(response[len(self.shown) :], end="", flush=True)
-        self.shown = response
-
-    def interrupted(self):
-        print(" …", end="")
-
-    def __exit__(self, kind, *exception):
-        if kind is None or not issubclass(kind, OSError):  # such as that of a full disk
-            print()
+HELP = """\
+/help          命令 · this list
+/clear         清空对话 · forget it all
+/exit, Ctrl-D  结束 · end
+Ctrl-C         停止回答 · stop an answer
+\"\"\" … \"\"\"    多行输入 · several lines"""
+# `clear` and `stop` are the published demo's.
+CLEAR, EXIT = {"/clear", "clear"}, {"/exit", "exit", "stop"}
+QUOTES = '"""'
 
 
-class MarkdownDisplay:
-    """Shows answers in the terminal as Markdown, rendered anew as they grow."""
-
-    def __enter__(self):
-        self.text = ""
-        self.live = Live(console=Console(), refresh_per_second=8)
-        self.live.__enter__()
-        return self
-
-    def show(self, response: str):
-        # No control characters: they would command the terminal.
-        self.text = "".join(c for c in response if c in "\n\t" or unicodedata.category(c) != "Cc")
-        markdown = Markdown("")
-        # In a chat lines end where they end, and < is a character: no joined lines, and no HTML, which rich would leave out.
-        markdown.parsed = (
-            MarkdownIt(options_update={"html": False}).enable("table").parse(self.text.replace("\n", "  \n"))
-        )
-        self.live.update(markdown)
-
-    def interrupted(self):
-        self.show(self.text + " …")
-
-    def __exit__(self, *exception):
-        self.live.__exit__(*exception)
-
-
-def stream_answer(model, tokenizer, query: str, history: list, past_key_values, display=None, **options):
+def stream_answer(model, tokenizer, query: str, history: list, past_key_values, **options):
     """Shows an answer as it is generated; returns the history and the cache for the next round."""
     stream = model.stream_chat(
         tokenizer, query, history, past_key_values=past_key_values, return_past_key_values=True, **options
     )
-    with display or PlainDisplay() as display:
+    with display_for_output() as display:
         try:
             for response, history, past_key_values in stream:
                 display.show(response)
@@ -127,7 +78,9 @@ def typed_queries() -> Iterator[str]:
         if locale.nl_langinfo(locale.CODESET).upper() != "UTF-8" and sys.stdin.encoding.lower() == "utf-8":
             os.environ["LC_ALL"] = "C.UTF-8"
             locale.setlocale(locale.LC_CTYPE, "")
-        import readline  # noqa: F401  (line editing and history in input())
+        import readline  # line editing and history in input()
+
+        readline.parse_and_bind("set enable-bracketed-paste on")  # several lines that are pasted are one query
     except (
         AttributeError,
         ImportError,
@@ -136,32 +89,51 @@ def typed_queries() -> Iterator[str]:
         pass
     while True:
         try:
-            yield input("\n用户：")
+            print()
+            yield read_query()
         except (EOFError, KeyboardInterrupt):
+            print()
             return
         except UnicodeDecodeError as error:
             print(f"That is not {error.encoding}: set the encoding of the terminal.")
 
 
-def chat(model, tokenizer, **options):
-    """Answers queries, from a terminal or a pipe, until `stop` or the end."""
+def read_query() -> str:
+    """Returns a line, or the lines between two triple quotes: none, if Ctrl-C is pressed between them."""
+    query = input("用户：")
+    if not query.lstrip().startswith(QUOTES):
+        return query
+    query = query.lstrip().removeprefix(QUOTES)
+    try:
+        while QUOTES not in query:
+            query += "\n" + input("  … ")
+    except KeyboardInterrupt:
+        print()
+        return ""
+    return query.partition(QUOTES)[0]
+
+
+def chat(model, tokenizer, greeting: str, **options):
+    """Answers queries, from a terminal or a pipe, until `exit` or the end."""
     interactive = sys.stdin.isatty()
     if interactive:
-        print(GREETING)
+        print(f"{greeting}\n\n{HELP}")
     history, past_key_values = [], None
     for query in map(str.strip, typed_queries() if interactive else piped_queries()):
-        if query == "stop":
+        if query in EXIT:
             break
-        if query == "clear":
+        if query in CLEAR:
             history, past_key_values = [], None
             if interactive:
-                os.system("cls" if os.name == "nt" else "clear")
-                print(GREETING)
+                print("对话历史已清空。 The dialogue is forgotten.")
+            continue
+        if interactive and query == "/help":
+            print(HELP)
             continue
         if not query:
             continue
         if interactive:
-            print("\nChatGLM：", end="" if Console is None else "\n")
+            print("\nChatGLM：")
         try:
             history, past_key_values = stream_answer(model, tokenizer, query, history, past_key_values, **options)
         except ValueError as error:  # a query that is too long, say: the dialogue goes on
@@ -169,6 +141,12 @@ def chat(model, tokenizer, **options):
 
 
 def main():
+    # Late, so that Ctrl-C ends these imports, which take seconds, as quietly as what follows
+    import torch
+
+    from common.load_model import add_model_options, at_least, load_model
+    from examples.about import model_format, model_name, model_size
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_options(parser)
     parser.add_argument("--prompt", help="answer this once, and end")
@@ -195,10 +173,12 @@ def main():
     options = dict(
         do_sample=not args.greedy, top_p=args.top_p, temperature=args.temperature, max_length=args.max_length
     )
-    if Console is not None and sys.stdout.isatty():
-        options["display"] = MarkdownDisplay()
     if args.prompt is None:
-        chat(model, tokenizer, **options)
+        greeting = (
+            f"ChatGLM2 · {model_name(args.model)} · {model_format(model)}, {model_size(model)}, {model.device} · "
+            f"{model.config.context_length:,} tokens"
+        )
+        chat(model, tokenizer, greeting, **options)
         return
     try:
         stream_answer(model, tokenizer, args.prompt, [], None, **options)

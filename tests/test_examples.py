@@ -20,7 +20,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from common.load_model import add_model_options, load_model
 from conftest import ROOT, TINY
-from examples import cli_chat
+from examples import cli_chat, terminal
 
 
 CHAT = [sys.executable, "-m", "examples.cli_chat", "--greedy"]
@@ -84,7 +84,7 @@ def test_interrupt_keeps_the_dialogue(tiny, monkeypatch, capsys):
         if len(printed) == 4:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli_chat, "print", print_and_interrupt, raising=False)
+    monkeypatch.setattr(terminal, "print", print_and_interrupt, raising=False)
     model, tokenizer = tiny
     history, cache = cli_chat.stream_answer(model, tokenizer, "Tell me a story.", [], None, do_sample=False)
     assert history == [("Tell me a story.", "".join(printed[:4]))]
@@ -310,40 +310,40 @@ class Terminal:
 @pytest.mark.parametrize("language", ["C.UTF-8", "C"])
 def test_terminal(language):
     """In a terminal: greeting, an answer, Ctrl-C in the middle of one, the dialogue that goes on, clear, stop."""
-    terminal = Terminal([*CHAT], LC_ALL=language)
+    session = Terminal([*CHAT], LC_ALL=language)
     try:
-        terminal.read_until("用户：")
-        terminal.write("你好\n")
-        assert "ChatGLM2-Tiny" in terminal.read_until("用户：")
-        terminal.write("Tell me a story.\n")
-        terminal.read_until("ChatGLM：")
+        session.read_until("用户：")
+        session.write("你好\n")
+        assert "ChatGLM2-Tiny" in session.read_until("用户：")
+        session.write("Tell me a story.\n")
+        session.read_until("ChatGLM：")
         time.sleep(0.3)
-        os.kill(terminal.pid, signal.SIGINT)
-        terminal.read_until("用户：")
-        terminal.write("clear\n")
-        terminal.read_until("用户：")
-        terminal.write("Who are you?\n")
-        assert "ChatGLM2-Tiny" in terminal.read_until("用户：")
-        terminal.write("stop\n")
-        assert os.waitpid(terminal.pid, 0)[1] == 0
+        os.kill(session.pid, signal.SIGINT)
+        session.read_until("用户：")
+        session.write("clear\n")
+        session.read_until("用户：")
+        session.write("Who are you?\n")
+        assert "ChatGLM2-Tiny" in session.read_until("用户：")
+        session.write("stop\n")
+        assert os.waitpid(session.pid, 0)[1] == 0
     finally:
-        os.close(terminal.fd)
+        os.close(session.fd)
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 def test_signal_leaves_the_cursor_shown(name):
     pytest.importorskip("rich")
-    terminal = Terminal([*CHAT], LC_ALL="C.UTF-8")
+    session = Terminal([*CHAT], LC_ALL="C.UTF-8")
     try:
-        terminal.read_until("用户：")
-        terminal.write("Tell me a story.\n")
-        terminal.read_until("\x1b[?25l")  # hides the cursor
-        terminal.read_until("Once upon")
-        os.kill(terminal.pid, getattr(signal, name))
-        terminal.read_until("\x1b[?25h")  # shows it
-        assert os.waitstatus_to_exitcode(os.waitpid(terminal.pid, 0)[1]) == 128 + getattr(signal, name)
+        session.read_until("用户：")
+        session.write("Tell me a story.\n")
+        session.read_until("\x1b[?25l")  # hides the cursor
+        session.read_until("Once upon")
+        os.kill(session.pid, getattr(signal, name))
+        session.read_until("\x1b[?25h")  # shows it
+        assert os.waitstatus_to_exitcode(os.waitpid(session.pid, 0)[1]) == 128 + getattr(signal, name)
     finally:
-        os.close(terminal.fd)
+        os.close(session.fd)
 
 
 TYPED = [
@@ -394,8 +394,8 @@ def test_markdown_is_rendered(monkeypatch):
     console = pytest.importorskip("rich.console")
     text = "一行\na < b <div>\n\n| 名 | n |\n|---|---|\n| 中文 | 1 |\n\n```html\n<p>\n```\n\x1b[2J"
     recorded = console.Console(width=40, record=True, file=open(os.devnull, "w"), force_terminal=True)
-    monkeypatch.setattr(cli_chat, "Console", lambda: recorded)
-    with cli_chat.MarkdownDisplay() as display:
+    monkeypatch.setattr(terminal, "Console", lambda: recorded)
+    with terminal.MarkdownDisplay() as display:
         display.show(text)
         assert "\x1b" not in display.text  # which would command the terminal
     lines = [line.strip() for line in recorded.export_text().splitlines()]

@@ -81,6 +81,20 @@ def test_recipe_learns_and_reports(recipe, start, data, tmp_path):
     assert last_checkpoint(tmp_path).endswith("checkpoint-8")
 
 
+def test_curve_has_the_held_out_loss(start, data, tmp_path, monkeypatch):
+    """Of the evaluations during training, and of the last one after it; the title says what was trained where."""
+    from matplotlib.figure import Figure
+
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kw: (figures.append(self), save(self, *args, **kw)))
+    often = ["--eval_strategy", "steps", "--eval_steps", "4"]
+    run(sft, start, data, tmp_path, "--validation_file", data["pairs"], *often)
+    (axes,) = figures[-1].axes
+    held_out = next(line for line in axes.lines if line.get_label() == "held out")
+    assert [int(step) for step in held_out.get_xdata()][:2] == [4, 8] and axes.get_ylabel() == "loss, nats per token"
+    assert axes.get_title() == f"Training of {Path(start).name} on cpu"
+
+
 def test_model_can_be_used_where_it_is_saved(start, data, tmp_path):
     run(sft, start, data, tmp_path)
     model = AutoModel.from_pretrained(tmp_path, trust_remote_code=True).eval()

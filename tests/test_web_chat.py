@@ -7,10 +7,13 @@ makes the picture in the documentation anew.
 """
 
 import os
+import re
 import shutil
 import sys
 import threading
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from transformers import AutoModel, AutoTokenizer
@@ -53,17 +56,26 @@ def serve(model, tokenizer, **options) -> tuple:
     return page, f"http://127.0.0.1:{port}"
 
 
+class WordTokenizer:
+    """Whose tokens are words"""
+
+    def build_prompt(self, query: str) -> str:
+        return query
+
+    def __call__(self, text: str):
+        return SimpleNamespace(input_ids=text.split(" "))
+
+
 class ScriptedModel:
     """Answers what the test says, word by word, and notes what it was asked, and how it ended."""
 
     def __init__(self):
         self.asked, self.options, self.ended, self.running = [], [], [], 0
         self.text, self.pause = "", 0.0
+        self.config = SimpleNamespace(context_length=32768)
         self.go = threading.Event()
 
     def stream_chat(self, tokenizer, query, history, past_key_values=None, return_past_key_values=True, **options):
-        if query == "too long":
-            raise ValueError("The query is 9999 tokens long. Shorten it.")
         self.asked.append((query, history))
         self.options.append({**options, "cache": past_key_values})
         text = self.text or f"Answer {len(self.asked)} to {query}."
@@ -84,7 +96,7 @@ class ScriptedModel:
 @pytest.fixture(scope="module")
 def scripted_page():
     model = ScriptedModel()
-    page, url = serve(model, None, users=2)
+    page, url = serve(model, WordTokenizer(), users=2, name="scripted · INT4, 3.9 GB")
     yield model, url
     page.close(verbose=False)
 
@@ -129,6 +141,18 @@ class Tab:
     def texts(self, who: str = "bot") -> list[str]:
         return [text.strip() for text in self.page.locator(f"[data-testid={who}]").all_inner_texts()]
 
+    def set_slider(self, name: str, value: str):
+        slider = self.page.get_by_label(f"number input for {name}")
+        if not slider.is_visible():
+            self.page.get_by_role("button", name="设置 · Settings").click()
+        slider.wait_for()
+        for _ in range(20):  # the page may put the old value back while it unfolds
+            slider.fill(value)
+            slider.blur()
+            time.sleep(0.2)
+            if slider.input_value() == value:
+                break
+
     def press(self, label: str):
         self.page.get_by_label(label, exact=True).last.click()
 
@@ -158,9 +182,9 @@ def test_dialogue_with_the_small_model(open_tab):
     """What `chat` answers, round after round, in Chinese and English."""
     tokenizer = AutoTokenizer.from_pretrained(TINY, trust_remote_code=True)
     model = AutoModel.from_pretrained(TINY, trust_remote_code=True).float().eval()
-    page, url = serve(model, tokenizer, temperature=0)
+    page, url = serve(model, tokenizer, temperature=0, name="tiny · float32, 37.9 MB")
     try:
-        tab = open_tab(url, viewport={"width": 1000, "height": 760}, device_scale_factor=2)
+        tab = open_tab(url, viewport={"width": 1000, "height": 900}, device_scale_factor=2)
         history = []
         for query in ["你好", "Who are you?", "Thank you!"]:
             tab.ask(query)
@@ -168,8 +192,6 @@ def test_dialogue_with_the_small_model(open_tab):
         assert tab.texts() == [" ".join(response.split()) for _, response in history]
         assert tab.texts("user") == [query for query, _ in history]
         if "WEB_CHAT_SCREENSHOT" in os.environ:
-            tab.page.get_by_text("Settings").click()
-            tab.page.set_viewport_size({"width": 1000, "height": 1100})
             tab.page.mouse.move(0, 0)
             time.sleep(1)
             tab.page.screenshot(path=os.environ["WEB_CHAT_SCREENSHOT"])
@@ -218,11 +240,12 @@ def test_regenerate_edit_undo_clear_reload(scripted, open_tab):
     until(lambda: tab.texts() == [])
     tab.ask("three")
     assert model.asked[4] == ("three", [])
-    tab.page.reload()
+    tab.wait_for_end()
+    tab.page.reload()  # which keeps the dialogue
     tab.input.wait_for()
-    assert tab.texts() == []
+    until(lambda: tab.texts() == ["Answer 5 to three."])
     tab.ask("four")
-    assert model.asked[5] == ("four", [])
+    assert model.asked[5] == ("four", [("three", "Answer 5 to three.")])
 
 
 def test_users_have_their_own_dialogues(scripted, open_tab):
@@ -262,16 +285,9 @@ def test_sliders(scripted, open_tab):
     tab = open_tab(url)
     tab.ask("one")
     assert model.options[0] == {"max_length": 8192, "top_p": 0.8, "temperature": 0.95, "cache": None}
-    tab.page.get_by_text("Settings").click()
     for name, value in [("max_length", "32768"), ("top_p", "0"), ("temperature", "0.5")]:
-        slider = tab.page.get_by_label(f"number input for {name}")
-        slider.wait_for()
-        for _ in range(20):  # the page may put the old value back while it unfolds
-            slider.fill(value)
-            slider.blur()
-            time.sleep(0.2)
-            if slider.input_value() == value:
-                break
+        tab.set_slider(name, value)
+    assert tab.page.get_by_label("number input for max_length").get_attribute("max") == "32768"  # the context
     tab.ask("two")
     assert model.options[1] == {"max_length": 32768, "top_p": 0.01, "temperature": 0.5, "cache": "cache of one"}
 
@@ -292,14 +308,44 @@ def test_markdown_code_and_formulas(scripted, open_tab):
     assert tab.page.title() == "ChatGLM2"
 
 
-def test_errors_are_said(scripted, open_tab):
+@pytest.mark.parametrize(
+    "locale, words",
+    [("zh-CN", "问题有 8192 个 token，最多 8191 个"), ("en-US", "is 8192 tokens long; at most 8191 fit")],
+)
+def test_question_that_is_too_long_stays_in_the_input(scripted, open_tab, locale, words):
+    """With a message in the language of the browser. Once max_length is raised, it is answered."""
+    model, url = scripted
+    tab = open_tab(url, locale=locale)
+    model.text, question = "Yes.", " ".join(["w"] * 8192)
+    tab.ask(question, wait=False)
+    tab.page.get_by_text(words).wait_for(timeout=20_000)
+    assert tab.input.input_value() == question and tab.texts("user") == [] and model.asked == []
+    tab.set_slider("max_length", "9000")
+    tab.ask(question)
+    assert model.asked == [(question, [])]
+
+
+def test_page_says_what_it_is(scripted, open_tab):
+    """The model, the speed of an answer, the browser's language and names for screen readers; lines are not too wide."""
+    model, url = scripted
+    model.text, model.pause = "word " * 200, 0.005
+    tab = open_tab(url, locale="de-DE", viewport={"width": 1600, "height": 900})
+    tab.page.get_by_text("scripted · INT4, 3.9 GB").wait_for()
+    tab.ask("one")
+    playwright.expect(tab.page.locator(".prose.status")).to_have_text(re.compile(r"^\s*\d+\.\d tokens/s\s*$"))
+    assert tab.page.evaluate("document.documentElement.lang") == "de-DE"
+    assert tab.page.get_by_label("问题 · Question").count() == 1 and tab.page.get_by_label("发送 · Send").count() == 1
+    assert tab.answers().first.bounding_box()["width"] <= 820
+
+
+def test_export(scripted, open_tab):
     model, url = scripted
     tab = open_tab(url)
-    tab.ask("too long", wait=False)
-    tab.page.get_by_text("9999 tokens long. Shorten it.").wait_for(timeout=10_000)
-    tab.wait_for_end()
-    tab.ask("short")
-    assert tab.texts()[-1] == "Answer 1 to short." and model.asked == [("short", [])]
+    tab.ask("one")
+    with tab.page.expect_download() as download:
+        tab.page.get_by_text("Export").click()
+    text = Path(download.value.path()).read_text(encoding="utf-8")
+    assert text == "**用户 · User**\n\none\n\n**ChatGLM2**\n\nAnswer 1 to one.\n"
 
 
 # Without a browser

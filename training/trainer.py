@@ -245,28 +245,36 @@ def train(trainer: Trainer, model_args, data_args):
     trainer.save_model()
     trainer.save_state()
     if args.should_save:
-        plot_curve(trainer.state.log_history, Path(args.output_dir, "curve.png"))
+        plot_curve(trainer)
 
 
 def evaluate(trainer: Trainer):
-    """Writes the loss and perplexity on the held-out data."""
+    """Writes the loss and perplexity on the held-out data, and puts the loss into the curve."""
     metrics = trainer.evaluate()
     trainer.log_metrics("eval", metrics)
     trainer.save_metrics("eval", metrics)
+    if trainer.args.should_save:
+        plot_curve(trainer)
 
 
-def plot_curve(log_history: list[dict], path: Path):
-    """Plots the loss over the steps, and that on held-out data where there is one."""
+def plot_curve(trainer: Trainer):
+    """Draws the loss over the steps, in training and on held-out data, to curve.png in the output folder."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
-    for key, label, style in (("loss", "training", "-"), ("eval_loss", "held out", "o-")):
-        points = [(entry["step"], entry[key]) for entry in log_history if key in entry]
+    for key, label, style, color in (
+        ("loss", "training", "-", "#0072b2"),
+        ("eval_loss", "held out", "o-", "#d55e00"),  # colours that the colour-blind tell apart
+    ):
+        points = [(entry["step"], entry[key]) for entry in trainer.state.log_history if key in entry]
         if points:
-            axes.plot(*zip(*points), style, label=label, markersize=4)
-    axes.set(xlabel="step", ylabel="loss, nats per token")
+            axes.plot(*zip(*points), style, color=color, label=label, markersize=5)
+    name = Path(trainer.model.config.name_or_path).name or "a new model"
+    axes.set(
+        title=f"Training of {name} on {trainer.args.device}", xlabel="optimizer step", ylabel="loss, nats per token"
+    )
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()
-    figure.savefig(path, dpi=120)
+    figure.savefig(Path(trainer.args.output_dir, "curve.png"), dpi=200)
