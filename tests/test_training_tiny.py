@@ -85,8 +85,8 @@ def test_held_out_perplexity(tiny_tokenizer, tmp_path, monkeypatch):
 def test_card(tmp_path):
     stage = {"rows": 25701, "epochs": 4, "steps": 2572, "tokens": 13_700_000}
     report = {"pretraining": stage, "fine_tuning": stage, "parameters": 19_573_120}
-    report["held_out"] = {"tatoeba_en_zh": {"dialogues": 429, "perplexity": 12.5}}
-    report["held_out_stored"] = {"tatoeba_en_zh": {"dialogues": 429, "perplexity": 12.7}}
+    forms = {"float32": 12.5, "INT8": 12.7}
+    report["held_out"] = {f: {"tatoeba_en_zh": {"dialogues": 429, "perplexity": p}} for f, p in forms.items()}
     path = tmp_path / "README.md"
     path.write_text("before\n" + "\nold\n".join(tiny.CARD_MARKS) + "\nafter\n")
     (tmp_path / "training.json").write_text(json.dumps(report))
@@ -99,10 +99,22 @@ def test_card(tmp_path):
         text = path.read_text(encoding="utf-8")
         assert text.startswith("before\n<!--") and text.endswith("-->\nafter\n") and "old" not in text
         assert "| tatoeba_en_zh | 429 | 12.5 | 12.7 |" in text and text.count("25,701") == 2
-        assert "70 fit, judged by reading" in text and "| 7 | 7 |" in text
+        assert "\n70 fit, judged by reading" in text and "| 7 | 7 |" in text
     (tmp_path / "samples.md").write_text("other answers")
     tiny.card(tmp_path)
-    assert "not judged yet" in path.read_text(encoding="utf-8")
+    assert "it is not judged yet" in path.read_text(encoding="utf-8")
+
+
+def test_published_answers_are_judged():
+    """All of them, and those of the samples that are published; the card has the count."""
+    fits = tiny.judged(TINY)
+    assert fits is not None, (
+        "samples.md is not what judgements.json judges: read it again, and run `training.tiny card`."
+    )
+    answers = json.loads((TINY / "judgements.json").read_text(encoding="utf-8"))["answers"]
+    assert [answer["query"] for answer in answers] == [prompt["queries"][-1] for prompt in leaks.read_prompts()]
+    report = json.loads((TINY / "training.json").read_text(encoding="utf-8"))
+    assert tiny.card_figures(report, fits) in (TINY / "README.md").read_text(encoding="utf-8")
 
 
 def test_prompts_are_a_hundred_of_ten_kinds():

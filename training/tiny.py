@@ -457,23 +457,24 @@ def card_figures(report: dict, fits: dict[str, int] | None) -> str:
         lines.append(
             f"| {name.replace('_', '-')} | {rows} | {s['epochs']} | {s['steps']:,} | {s['tokens'] / 1e6:.1f} M |"
         )
+    lines += ["", f"{report['parameters'] / 1e6:.1f} million parameters.", ""]
+    lines += ["Held out, perplexity of the answers by token of its own vocabulary:", ""]
+    forms = report["held_out"]
+    lines += [f"| corpus | dialogues | {' | '.join(forms)} |", "|---|---" + "|---" * len(forms) + "|"]
+    for name, figures in next(iter(forms.values())).items():
+        cells = [name, figures["dialogues"], *(form[name]["perplexity"] for form in forms.values())]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     lines += [
         "",
-        f"{report['parameters'] / 1e6:.1f} million parameters. Held out, perplexity of the answers by token of its own",
-    ]
-    lines += ["vocabulary, of the trained model in float32 and of the checkpoint, which is in INT8:", ""]
-    lines += ["| corpus | dialogues | float32 | INT8 |", "|---|---|---|---|"]
-    for name, figures in report["held_out"].items():
-        stored = report["held_out_stored"][name]["perplexity"]
-        lines.append(f"| {name} | {figures['dialogues']} | {figures['perplexity']} | {stored} |")
-    lines += [
-        "",
-        "The answers in [samples.md](samples.md) to 100 prompts that are not in the training data, nor anything near them:",
+        "Of the greedy answers to the 100 prompts of `training/prompts.json` ([samples.md](samples.md), all of them)",
     ]
     if fits is None:
-        return "\n".join([*lines, "not judged yet."])
-    lines[-1] += f" {sum(fits.values())} fit, judged by reading ([judgements.json](judgements.json))."
-    lines += ["", f"| {' | '.join(fits)} |", "|---" * len(fits) + "|", f"| {' | '.join(map(str, fits.values()))} |"]
+        return "\n".join([*lines, "it is not judged yet how many fit."])
+    lines += [
+        f"{sum(fits.values())} fit, judged by reading ([judgements.json](judgements.json)); of ten of each kind:",
+        "",
+    ]
+    lines += [f"| {' | '.join(fits)} |", "|---" * len(fits) + "|", f"| {' | '.join(map(str, fits.values()))} |"]
     return "\n".join(lines)
 
 
@@ -487,7 +488,7 @@ def write_card_figures(path: Path, report: dict, fits: dict[str, int] | None):
 
 def answer_prompts(model, tokenizer) -> str:
     """Returns the greedy answers to the prompts of the evaluation as Markdown."""
-    lines = ["# Greedy answers to 100 prompts that were written before the training data", ""]
+    lines = ["# Greedy answers to the 100 prompts of training/prompts.json", ""]
     lines.append(
         "Made by `python -m training.tiny answers`: `do_sample=False`, at most 300 tokens, in float32. All are shown."
     )
@@ -520,7 +521,7 @@ def publish(corpora: Path, output: Path):
         "pretraining": stage(WORK / "pretrain", WORK / "texts.jsonl"),
         "fine_tuning": stage(trained, WORK / "dialogues.jsonl"),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "held_out": held_out_perplexity(model, tokenizer, held_out),
+        "held_out": {"float32": held_out_perplexity(model, tokenizer, held_out)},
     }
     # By way of another folder: in the output the code is links to the top level, through which the library would write.
     finished = WORK / "finished"
@@ -529,7 +530,7 @@ def publish(corpora: Path, output: Path):
     for path in (finished / "config.json", finished / "model.safetensors", WORK / "start/tokenizer.model"):
         shutil.copyfile(path, output / path.name)  # not its mode: safetensors keeps files to the user alone
     model, tokenizer = load(output)
-    report["held_out_stored"] = held_out_perplexity(model, tokenizer, held_out)
+    report["held_out"]["INT8, as stored"] = held_out_perplexity(model, tokenizer, held_out)
     (output / "samples.md").write_text(answer_prompts(model, tokenizer), encoding="utf-8")
     (output / "training.json").write_text(json.dumps(report, indent=2) + "\n")
     for name in ("pretrain", "sft"):
