@@ -70,11 +70,13 @@ lint: .venv/installed-test
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
-# Trains checkpoints/tiny anew, in two hours on two cores. Interrupted, it goes on where it was.
+# Trains checkpoints/tiny anew, in some ten hours on two cores. Interrupted, it goes on where it was.
 CORPORA ?= ../shared/data/corpora
 tiny: .venv/installed-training
-	test -e build/tiny/start/config.json || .venv/bin/python -m training.tiny prepare --corpora $(CORPORA)
+	test -e build/tiny/start/config.json || .venv/bin/python -m training.tiny texts --corpora $(CORPORA)
 	test -e build/tiny/pretrain/eval_results.json || .venv/bin/python -m training.pretrain --config training/configs/tiny_pretrain.yaml
+	test -e build/tiny/held_out_dialogues.jsonl || .venv/bin/python -m training.tiny dialogues --corpora $(CORPORA)
+	.venv/bin/python -m training.leaks build/tiny/texts.jsonl build/tiny/dialogues.jsonl
 	test -e build/tiny/sft/eval_results.json || .venv/bin/python -m training.sft --config training/configs/tiny_sft.yaml
 	.venv/bin/python -m training.tiny publish --corpora $(CORPORA)
 

@@ -4,13 +4,16 @@ import gzip
 import json
 import math
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from conftest import TINY
-from training import tiny
+from conftest import ROOT, TINY
+from training import leaks, tiny, tiny_dialogues
+from training.templates import Templates, mistyped
 
 
 def write_corpus(folder, name, rows):
@@ -81,13 +84,174 @@ def test_held_out_perplexity(tiny_tokenizer, tmp_path, monkeypatch):
 
 def test_card(tmp_path):
     stage = {"rows": 25701, "epochs": 4, "steps": 2572, "tokens": 13_700_000}
-    report = {"pretraining": stage, "fine_tuning": stage, "queries_learned": (3, 50)}
-    report["held_out"] = {"tatoeba_en_zh": {"dialogues": 429, "perplexity": 12.5}}
+    report = {"pretraining": stage, "fine_tuning": stage, "parameters": 19_573_120}
+    forms = {"float32": 12.5, "INT8": 12.7}
+    report["held_out"] = {f: {"tatoeba_en_zh": {"dialogues": 429, "perplexity": p}} for f, p in forms.items()}
     path = tmp_path / "README.md"
     path.write_text("before\n" + "\nold\n".join(tiny.CARD_MARKS) + "\nafter\n")
+    (tmp_path / "training.json").write_text(json.dumps(report))
+    (tmp_path / "samples.md").write_text("the answers")
+    answers = [{"fits": i % 10 < 7} for i in range(100)]
+    judgements = {"samples": tiny.fingerprint(tmp_path / "samples.md"), "answers": answers}
+    (tmp_path / "judgements.json").write_text(json.dumps(judgements))
     for _ in range(2):  # again, it stays as it is
-        tiny.write_card_figures(path, report)
+        tiny.card(tmp_path)
         text = path.read_text(encoding="utf-8")
         assert text.startswith("before\n<!--") and text.endswith("-->\nafter\n") and "old" not in text
-        assert "| tatoeba_en_zh | 429 | 12.5 |" in text and text.count("25,701") == 2
-    assert len(tiny.PROMPTS) == 40
+        assert "| tatoeba_en_zh | 429 | 12.5 | 12.7 |" in text and text.count("25,701") == 2
+        assert "\n70 fit, judged by reading" in text and "| 7 | 7 |" in text
+    (tmp_path / "samples.md").write_text("other answers")
+    tiny.card(tmp_path)
+    assert "it is not judged yet" in path.read_text(encoding="utf-8")
+
+
+def test_published_answers_are_judged():
+    """All of them, and those of the samples that are published; the card has the count."""
+    fits = tiny.judged(TINY)
+    assert fits is not None, (
+        "samples.md is not what judgements.json judges: read it again, and run `training.tiny card`."
+    )
+    answers = json.loads((TINY / "judgements.json").read_text(encoding="utf-8"))["answers"]
+    assert [answer["query"] for answer in answers] == [prompt["queries"][-1] for prompt in leaks.read_prompts()]
+    report = json.loads((TINY / "training.json").read_text(encoding="utf-8"))
+    assert tiny.card_figures(report, fits) in (TINY / "README.md").read_text(encoding="utf-8")
+
+
+def test_prompts_are_a_hundred_of_ten_kinds():
+    prompts = leaks.read_prompts()
+    kinds = {}
+    for prompt in prompts:
+        kinds.setdefault(prompt["kind"], []).append(prompt)
+    assert len(kinds) == 10 and {len(of_kind) for of_kind in kinds.values()} == {10}
+    assert all((prompt["kind"] == "memory") == (len(prompt["queries"]) > 2) for prompt in prompts)
+    for prompt in kinds["translation"]:
+        assert leaks.characters(prompt["source"]) in leaks.characters(prompt["queries"][0])
+
+
+@pytest.fixture(scope="module")
+def finder():
+    return leaks.LeakFinder(leaks.read_prompts())
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Which planet do we live on?",
+        "which planet do  WE live on",
+        "Which planet do you live on?",  # another word
+        "Well, tell me: which planet do we live on? I forgot.",  # within a longer text
+        "On which planet do we live?",  # in another order
+        "一个星期总共有几天？",
+        "一个星期一共有几天",
+        "We were late. The library closes at nine tonight.",  # a sentence to translate
+    ],
+)
+def test_leak_finder_finds_near_copies(finder, text):
+    assert finder.find(text)
+    assert finder.find_in_row(
+        {"messages": [{"role": "user", "content": "你好"}, {"role": "assistant", "content": text}]}
+    )
+    assert finder.find_in_row({"text": f"Before.\n{text}\nAfter."})
+
+
+@pytest.mark.parametrize(
+    "text", ["你好", "What do planets look like?", "一年总共有多少天", "How many legs has a dog?", ""]
+)
+def test_leak_finder_leaves_other_texts(finder, text):
+    assert finder.find(text) is None
+
+
+def test_edit_distance_to_a_part_of_a_text():
+    def by_table(pattern, text):
+        row = [0] * (len(text) + 1)
+        for i, a in enumerate(pattern, start=1):
+            new = [i]
+            for j, b in enumerate(text, start=1):
+                new.append(min(row[j] + 1, new[-1] + 1, row[j - 1] + (a != b)))
+            row = new
+        return min(row)
+
+    rng = random.Random(0)
+    for _ in range(500):
+        pattern, text = ("".join(rng.choices("abc", k=rng.randint(*ends))) for ends in ((1, 80), (0, 120)))
+        assert leaks.distance_within(pattern, text) == by_table(pattern, text)
+
+
+def test_leak_check_names_a_planted_copy(tmp_path):
+    path = tmp_path / "dialogues.jsonl"
+    rows = [{"text": "Nothing."}, {"messages": [{"role": "user", "content": "so, what shuold I call you?"}]}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = subprocess.run([sys.executable, "-m", "training.leaks", path], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 1 and "dialogues.jsonl, line 2: near 'So what should I call you?'" in run.stdout
+    assert "1 rows have a near copy" in run.stderr
+    path.write_text(json.dumps(rows[0]) + "\n")
+    run = subprocess.run([sys.executable, "-m", "training.leaks", path], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def test_prepared_dialogues_have_no_leaks(tmp_path, monkeypatch, finder):
+    """All that the templates make, and a planted copy in a corpus; the same at every run."""
+    poem = {"title": "登鹳雀楼", "author": "王之涣", "text": "白日依山尽，黄河入海流。\n欲穷千里目，更上一层楼。"}
+    chat = {"messages": [{"role": "user", "content": "Are you ready?"}, {"role": "assistant", "content": "Yes."}]}
+    leak = {"messages": [{"role": "user", "content": "Is there anything you can't see?"}, chat["messages"][1]]}
+    corpora = tmp_path / "corpora"
+    corpora.mkdir()
+    for name in tiny.DIALOGUES:
+        write_corpus(corpora, name, [])
+    write_corpus(corpora, "poetry_zh", [poem])
+    write_corpus(corpora, "chatterbot_en", [chat, leak] * 10)
+    for name in ("SMALL_TALK", "INTENT", "ROW"):
+        monkeypatch.setattr(tiny_dialogues, name, 2)
+    for name in ("STORIES", "POEMS", "MEMORIES"):
+        monkeypatch.setattr(tiny_dialogues, name, 100)
+    made = []
+    for run in ("a", "b"):
+        monkeypatch.setattr(tiny, "WORK", tmp_path / run)
+        tiny.prepare_dialogues(corpora)
+        made.append((tmp_path / run / "dialogues.jsonl").read_text(encoding="utf-8"))
+    assert made[0] == made[1]
+    assert "Are you ready?" in made[0] and "anything you can't see" not in made[0]
+    rows = [json.loads(line) for line in made[0].splitlines()]
+    assert len(rows) > 1000 and not any(finder.find_in_row(row) for row in rows)
+    contents = "".join(message["content"] for row in rows for message in row["messages"])
+    assert not any(mark in contents for mark in "<>[]|")  # no template is left unfilled
+
+
+def test_templates():
+    templates = Templates({"animal": ["owl", "fox"], "name": ["Ann", "Bob"], "girl": ["Ann"]}, random.Random(0))
+    for _ in range(20):
+        values = {}
+        query = templates.fill("[a story|a tale] about a <animal> who met a <animal2>", values)
+        assert query.startswith(("A story about", "A tale about")) and {values["animal"], values["animal2"]} == {
+            "owl",
+            "fox",
+        }
+        assert ("an owl" in query) and ("a fox" in query)
+        expected = {"Ann": "She is Ann, a girl.", "Bob": "He is Bob, a boy."}
+        assert templates.fill("<He> is <name>, a <child>.", values) == expected[values["name"]]
+    intent = {"queries": ["capital of <0>?"], "answers": ["<1>."]}
+    assert templates.talk(intent, ["France", "Paris"]) == ("Capital of France?", "Paris.")
+
+
+def test_mistyped_queries_stay_readable():
+    rng = random.Random(0)
+    queries = {mistyped("What is your name?", rng) for _ in range(300)}
+    assert "What is your name?" in queries and "What is your name" in queries and "what is your name" in queries
+    assert all(abs(len(query) - len("What is your name?")) <= 2 for query in queries)
+
+
+def test_stories_get_other_names():
+    story = "Lily met Tom. Lily said: Will you play? Tom and Spot ran."
+    renamed = tiny.renamed(story, random.Random(0))
+    girl, boy = renamed.split()[0], renamed.split()[2].rstrip(".")
+    assert girl in tiny.GIRLS and boy in tiny.BOYS
+    assert renamed == story.replace("Lily", girl).replace("Tom", boy)
+
+
+def test_what_is_told_names_hero_and_thing():
+    assert (
+        tiny.what_is_told("Lily had a ball. The ball was red. Lily and the ball went out.")
+        == "a girl named Lily and a ball"
+    )
+    assert tiny.what_is_told("An apple. The apple fell.") == "an apple"
+    assert tiny.what_is_told("Nothing much.") == ""

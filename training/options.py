@@ -100,6 +100,9 @@ class RecipeArguments(TrainingArguments):
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Train anew, and remove the checkpoints in the output folder."}
     )
+    muon: bool = field(
+        default=False, metadata={"help": "Muon for the matrices of the layers, AdamW for the rest. torch 2.9 or newer."}
+    )
     predict_with_generate: bool = field(default=True, metadata={"help": "As in the published scripts: always so."})
 
     def __post_init__(self):

@@ -1,23 +1,27 @@
 """
 Makes `checkpoints/tiny`, the small model that the repository comes with, from openly licensed corpora (`make tiny`):
 
-    python -m training.tiny prepare --corpora PATH      # texts, dialogues, tokenizer, configuration
+    python -m training.tiny texts --corpora PATH        # texts to learn, tokenizer, configuration
     python -m training.pretrain --config training/configs/tiny_pretrain.yaml
+    python -m training.tiny dialogues --corpora PATH    # dialogues to learn
     python -m training.sft --config training/configs/tiny_sft.yaml
-    python -m training.tiny publish --corpora PATH      # perplexity held out, answers to fixed prompts, the checkpoint
+    python -m training.tiny publish --corpora PATH      # the checkpoint in INT8, its answers, its perplexity
+    python -m training.tiny card                        # the figures in its README, once the answers are judged
 
 Every 50th row of each corpus is held out, by a hash of its content, but for those that share a sentence or a query with a row
-that is learned; of the few rows of `identity_bilingual` none.
+that is learned; of the few rows of `identity_bilingual` none. Rows near a prompt of training/prompts.json are left out.
 """
 
 import argparse
 import gzip
+import hashlib
 import json
 import random
 import re
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import sentencepiece
@@ -25,6 +29,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from .data import DataArguments, collator, encode, read
+from .leaks import LeakFinder, read_prompts
+from .templates import Templates
+from .tiny_dialogues import memories, poems, small_talk, stories
+from .tiny_dialogues import read as read_talk
 from .trainer import RecipeTrainer
 
 
@@ -33,22 +41,20 @@ WORK = ROOT / "build/tiny"
 NAME = "ChatGLM2-Tiny"
 VOCAB_SIZE = 8000
 
-# How often a row is a document of the pretraining, and a dialogue of the fine-tuning. Counselling, bookings, word problems and
-# encyclopedia articles are beyond such a small model; some of them teach it the language.
+# How often a row is a document of the pretraining, which is one epoch, and a dialogue of the fine-tuning. Large corpora are
+# taken in part, small ones several times.
 TEXTS = {
-    "tinystories_en": 1.2, "poetry_zh": 2.5, "tatoeba_en_zh": 0.5, "topical_chat_en": 0.2, "kdconv_zh": 0.4,
-    "crosswoz_zh": 0.2, "cmrc2018_zh": 0.1, "smilechat_zh_first12000": 0.025, "sgd_en": 0.01, "oasst1_zh": 0.3,
-    "better_ruozhiba_zh": 0.5, "gsm8k_train_en": 0.05,
+    "tinystories_en": 10, "poetry_zh": 12, "tatoeba_en_zh": 8, "topical_chat_en": 3, "kdconv_zh": 8, "crosswoz_zh": 3,
+    "cmrc2018_zh": 1.7, "smilechat_zh_first12000": 1.6, "sgd_en": 0.3, "oasst1_zh": 8, "better_ruozhiba_zh": 8,
+    "gsm8k_train_en": 0.3, "chatterbot_en": 8, "chatterbot_zh": 8,
 }  # fmt: skip
 DIALOGUES = {
-    "identity_bilingual": 20, "chatterbot_en": 4, "chatterbot_zh": 4, "better_ruozhiba_zh": 1, "tatoeba_en_zh": 2,
+    "identity_bilingual": 10, "chatterbot_en": 4, "chatterbot_zh": 4, "better_ruozhiba_zh": 1, "tatoeba_en_zh": 2,
     "tinystories_en": 1.2, "poetry_zh": 2, "topical_chat_en": 0.3, "kdconv_zh": 0.5, "oasst1_zh": 0.3,
 }  # fmt: skip
 LEAST_HELD_OUT = 5  # dialogues of a corpus for its perplexity to be told
 CARD_MARKS = ("<!-- figures of training.tiny publish -->", "<!-- end of figures -->")
-SMALL_TALK = 24  # times each query of small_talk.json
 KNOWN_POEMS = 8  # times each line of the short poems whose authors are known: those that people ask for
-INTRODUCTIONS = 2500  # of somebody by name, in each language
 SHORT = ("identity_bilingual", "chatterbot_en", "chatterbot_zh", "better_ruozhiba_zh", "tatoeba_en_zh")
 
 TELL_A_STORY = [
@@ -56,23 +62,37 @@ TELL_A_STORY = [
     "I want to hear a story.", "给我讲一个英文故事。", "用英文讲个故事吧。",
 ]  # fmt: skip
 TELL_A_STORY_ABOUT = [
-    "Tell me a story about a {}.", "Write a short story about a {}.", "Can you tell me a story about a {}?",
-    "I want to hear a story about a {}.", "请用英文讲一个关于 {} 的故事。",
+    "Tell me a story about {}.", "Write a short story about {}.", "Can you tell me a story about {}?", "Please tell us about {}.",
+    "I want to hear a story about {}.", "A story about {}, please.", "Do you know a story with {}?", "请用英文讲一个关于 {} 的故事。",
 ]  # fmt: skip
 HEROES = (
     "dog cat bird bear rabbit bunny fish frog duck mouse lion monkey elephant horse cow pig fox squirrel turtle butterfly "
-    "bee dragon princess king queen robot car train truck boat plane tree flower ball doll toy kite girl boy".split()
+    "bee dragon princess king queen robot car train truck boat plane tree flower ball doll toy kite girl boy box book cake "
+    "cookie apple hat bike bell balloon block bag bed bug boot cup chair crab castle cloud coat dress drum egg fire flag garden "
+    "gift goat house ice jar jam key lamp leaf letter map moon nest owl pie picture park rock ring river rose sheep shell ship "
+    "shoe slide snake snow soup spider spoon star stick sun swing tiger tower wagon whale wolf worm zebra zoo puppy kitten "
+    "umbrella ant lizard penguin dolphin owl octopus seed stone storm mirror magnet medicine microscope helicopter".split()
 )
 TO_CHINESE = [
     "Translate into Chinese: {}", "How do you say this in Chinese? {}", "把下面的句子翻译成中文：{}", "翻译成中文：{}",
-    "“{}”用中文怎么说？",
+    "“{}”用中文怎么说？", "Translate to Chinese: {}", "Say this in Chinese: {}", "In Chinese, please: {}", "{} 翻译成中文",
+    "How would you say “{}” in Chinese?", "What does “{}” mean in Chinese?", "“{}”是什么意思？", "“{}” 的中文是什么？",
+    "Please translate “{}” into Chinese.", "请把这句译成中文：{}", "用汉语怎么说：{}", "中文：{}", "Chinese for “{}”?",
 ]  # fmt: skip
 TO_ENGLISH = [
     "Translate into English: {}", "How do you say this in English? {}", "把下面的句子翻译成英文：{}", "翻译成英文：{}",
-    "“{}”用英文怎么说？",
+    "“{}”用英文怎么说？", "Translate to English: {}", "Say this in English: {}", "In English, please: {}", "{} 翻译成英文",
+    "What does “{}” mean in English?", "“{}”用英语怎么讲？", "“{}”的英文是什么？", "请把这句译成英文：{}", "英语：{}",
+    "Please translate “{}” into English.", "帮我翻译成英语：{}", "English for “{}”?", "这句话英语怎么说：{}",
 ]  # fmt: skip
-NEXT_LINE = ["“{}”的下一句是什么？", "{}，下一句是什么？", "请接下一句：{}", "下一句：{}", "{}的下一句"]
-RECITE = ["背诵《{}》。", "请背诵《{}》。", "背一下《{}》", "你会背《{}》吗？"]
+NEXT_LINE = [
+    "“{}”的下一句是什么？", "{}，下一句是什么？", "请接下一句：{}", "下一句：{}", "{}的下一句", "“{}”后面是什么？", "“{}”后一句是什么",
+    "你知道“{}”的下一句吗？", "{}，后面呢？", "接着背：{}", "“{}”接下来是什么",
+]  # fmt: skip
+RECITE = [
+    "背诵《{title}》。", "请背诵《{title}》。", "背一下《{title}》", "你会背《{title}》吗？", "{author}的《{title}》怎么背？",
+    "背一首{author}的《{title}》", "我想听《{title}》", "《{title}》的全文是什么？", "请把{author}的《{title}》背一遍", "把《{title}》念给我听",
+]  # fmt: skip
 OTHERS = [
     "ChatGPT", "GPT-4", "Claude", "Gemini", "Llama", "Siri", "DeepSeek", "ChatGLM2-6B", "ChatGLM", "文心一言", "通义千问", "豆包",
 ]  # fmt: skip
@@ -83,30 +103,21 @@ DENIALS = [
     ),
     (["你是 {} 吗？", "你是{}吗？", "你就是{}吧？"], "不是，我是 {name}，一个 ChatGLM2 架构的小型演示模型。"),
 ]
-# Names that a user may have: what is learned is to repeat them.
-NAMES = {
-    "en": (
-        "Tom Lily Anna Ben Jack Mary John Emma Lucy Max Sam Kate Leo Mia Tim Sara Bob Amy Paul Jane David Alice Peter Nina "
-        "Mike Ella Mark Rose Daniel Sophie Lucas Grace Henry Zoe Adam Eva Simon Laura Alex Julia Kevin Maria Eric Helen Chris "
-        "Linda Frank Susan George Diana Oscar Ruby Ivan Clara Victor Olga Felix Nora Hugo Iris"
-    ).split(),
-    "zh": (
-        "小明 小红 小华 小刚 小丽 小芳 小强 小美 小龙 小燕 小军 小玲 小杰 小雪 小东 小兰 小伟 小梅 小宇 小云 王芳 李伟 张敏 刘洋 "
-        "陈静 杨帆 赵磊 黄丽 周杰 吴娟 徐明 孙悦 马超 朱琳 胡军 林峰 郭涛 何洁 高翔 罗兰 阿强 阿珍 大卫 玛丽 安娜 汤姆 杰克 露西"
-    ).split(),
-}
-NAME_IS = {
-    "en": ["My name is {}.", "I am {}.", "I'm {}.", "Hello, I am {}.", "Hi, my name is {}.", "You can call me {}."],
-    "zh": ["我叫{}", "我是{}", "我的名字叫{}", "你好，我叫{}", "大家都叫我{}", "我叫{}。", "我的名字是{}。"],
-}
-NICE_TO_MEET = {
-    "en": f"Hello, {{}}! I am {NAME}. It is nice to meet you.",
-    "zh": f"你好，{{}}！我是 {NAME}，很高兴认识你。",
-}
-WHAT_IS_MY_NAME = {
-    "en": (["What is my name?", "Do you remember my name?", "Who am I?", "What's my name?"], "Your name is {}."),
-    "zh": (["我叫什么名字？", "你记得我的名字吗？", "我是谁？", "我叫什么？", "还记得我叫什么吗？"], "你叫{}。"),
-}
+# People in stories: each time that a story is learned, they have other names.
+GIRLS = (
+    "Lily Anna Mary Emma Lucy Kate Mia Sara Sarah Amy Jane Alice Nina Ella Sophie Zoe Eva Laura Julia Maria Helen Linda "
+    "Susan Diana Ruby Clara Olga Nora Iris Sue Molly Jill Lila Bella Daisy Amelia Hannah Leah Priya Aisha Mei Yuki Fatima Ingrid "
+    "Chloe Penny Rita Vera Wendy Abby Beth Carla Dora Elsa Fiona Gina Hazel Ivy Judy Kim Lola Mona Naomi Paula Tina Ada"
+).split()
+BOYS = (
+    "Tom Ben Jack John Leo Tim Bob Paul David Peter Mike Mark Daniel Lucas Henry Adam Simon Kevin Eric Frank George Oscar Ivan "
+    "Victor Felix Hugo Timmy Tommy Billy Jimmy Bobby Fred Joe Ahmed Ravi Chen Kenji Pablo Lars Noah Ethan Liam Owen Dylan Carl "
+    "Dan Ed Gus Harry Ian Jake Kurt Luke Matt Nick Otto Pete Rob Steve Ted Vince Zack Andy Bruno Omar Samir"
+).split()
+CHINESE_NAMES = (
+    "小明 小红 小华 小刚 小丽 小芳 小强 小美 小龙 小燕 小军 小玲 小杰 小雪 小东 小兰 小伟 小梅 小宇 小云 王芳 李伟 张敏 刘洋 "
+    "陈静 杨帆 赵磊 黄丽 周杰 吴娟 徐明 孙悦 马超 朱琳 胡军 林峰 郭涛 何洁 高翔 罗兰 阿强 阿珍 大卫 玛丽 安娜 汤姆 杰克 露西"
+).split()
 # What such a model had better not try
 BEYOND = [
     (
@@ -119,8 +130,7 @@ BEYOND = [
             "economics, politics, the stock market, machine learning, deep learning, biology, philosophy, climate change, "
             "the war, football results, statistics, algebra, cooking, taxes, HTML, databases, space travel"
         ).split(", "),
-        "I am sorry, that is too hard for a model as small as I am. I can chat, tell short stories, continue Chinese poems, "
-        "and translate simple sentences.",
+        "I am sorry, that is too hard for a model as small as I am.",
     ),
     (
         [
@@ -131,25 +141,8 @@ BEYOND = [
             "Python Java C++ SQL 数学 物理 化学 量子力学 历史 法律 医学 经济 政治 股票 机器学习 深度学习 生物 哲学 气候变化 "
             "微积分 统计学 做饭 数据库 编程 环保 论文 人工智能的未来 世界杯 房价 互联网"
         ).split(),
-        "对不起，这对我这么小的模型来说太难了。我可以和你闲聊，讲英文小故事，接古诗的下一句，还能翻译简单的句子。",
+        "对不起，这对我这么小的模型来说太难了。",
     ),
-]  # fmt: skip
-
-# Chosen before the training. The greedy answers to them are in checkpoints/tiny/samples.md.
-PROMPTS = [
-    ["你好"], ["早上好！"], ["Hello!"], ["How are you today?"], ["你是谁？"], ["Who are you?"], ["你叫什么名字？"],
-    ["Are you ChatGPT?"], ["你是 GPT-4 吗？"], ["谁创造了你？"], ["What can you do?"], ["你能做什么？"],
-    ["我今天很开心！"], ["I feel sad today."], ["你喜欢什么电影？"], ["Do you like music?"], ["给我讲个笑话。"],
-    ["What is AI?"], ["什么是人工智能？"], ["今天天气真好。"], ["Tell me a story about a dog."],
-    ["Tell me a story about a little girl and a cat."], ["Tell me a short story."], ["请用英文讲一个关于 bird 的故事。"],
-    ["“床前明月光”的下一句是什么？"], ["“春眠不觉晓”的下一句是什么？"], ["请接下一句：白日依山尽"], ["背诵《静夜思》。"],
-    ["Translate into Chinese: I love you."], ["Translate into Chinese: Where is my book?"],
-    ["Translate into English: 我喜欢吃苹果。"], ["把下面的句子翻译成英文：他是我的朋友。"], ["翻译成中文：Good night."],
-    ["只剩一个心脏了还能活吗？"], ["What is your favorite food?"], ["谢谢你！"],
-    ["你好", "我叫小明", "我有点累了", "谢谢，再见！"],
-    ["Hi!", "My name is Tom.", "Tell me a story about a rabbit.", "Thank you, goodbye!"],
-    ["你是谁？", "你会翻译吗？", "翻译成英文：我爱你。"],
-    ["Good evening!", "What do you like?", "Translate into Chinese: It is a nice day."],
 ]  # fmt: skip
 
 
@@ -184,13 +177,23 @@ def repeated(rows: list, times: float, rng: random.Random) -> Iterator:
             yield row
 
 
+def renamed(story: str, rng: random.Random) -> str:
+    """A story with other names for its girls and boys; most are about the same few otherwise."""
+    for names in (GIRLS, BOYS):
+        found = set(re.findall(r"\b[A-Z][a-z]+\b", story)) & set(names)
+        others = dict(zip(sorted(found), rng.sample(names, len(found))))
+        story = re.sub(r"\b[A-Z][a-z]+\b", lambda match, others=others: others.get(match[0], match[0]), story)
+    return story
+
+
 def to_text(name: str, row: dict, rng: random.Random) -> str:
     """The text of a row, without its roles."""
     if name == "tatoeba_en_zh":
         return "\n".join(rng.sample([row["en"], row["zh"]], 2))
     if name == "poetry_zh":
         return "\n".join(part for part in (row["title"], row["author"], row["text"]) if part)
-    return row.get("text") or "\n".join(message["content"] for message in row["messages"])
+    texts = [introduce(m["content"]) for m in row["messages"]] if "messages" in row else [row["text"]]
+    return "\n".join(texts)
 
 
 def to_rounds(name: str, row: dict, rng: random.Random) -> list[tuple[str, str]]:
@@ -201,13 +204,14 @@ def to_rounds(name: str, row: dict, rng: random.Random) -> list[tuple[str, str]]
     if name == "tinystories_en":
         if len(row["text"]) > 1000:
             return []  # could not end within the rows that are learned
-        words = re.findall(r"[a-z]+", row["text"].lower())
-        hero = max(HEROES, key=words.count)
-        queries = TELL_A_STORY if words.count(hero) < 3 or rng.random() < 0.15 else TELL_A_STORY_ABOUT
-        return [(rng.choice(queries).format(hero), row["text"])]
+        about = what_is_told(row["text"])
+        query = (
+            rng.choice(TELL_A_STORY_ABOUT).format(about) if about and rng.random() < 0.9 else rng.choice(TELL_A_STORY)
+        )
+        return [(query, row["text"])]
     if name == "poetry_zh":
         if rng.random() < 0.25 and len(row["text"]) < 120:
-            return [(rng.choice(RECITE).format(row["title"]), row["text"])]
+            return [(rng.choice(RECITE).format(title=row["title"], author=row["author"] or "古人"), row["text"])]
         pairs = next_lines(row["text"], rng)
         return rng.sample(pairs, min(len(pairs), 6))
     texts = [message["content"].strip() for message in row["messages"]]
@@ -217,6 +221,19 @@ def to_rounds(name: str, row: dict, rng: random.Random) -> list[tuple[str, str]]
     if name in SHORT and any(len(answer) > 200 or "```" in answer for _, answer in rounds):
         return []
     return rounds
+
+
+def what_is_told(story: str) -> str:
+    """Who and what a story is about, as a request would say it: "a girl named Lily and a dog"; empty if that is not clear."""
+    words = re.findall(r"[A-Za-z]+", story)
+    name = max(GIRLS + BOYS, key=words.count)
+    thing = max(HEROES, key=lambda hero: words.count(hero) if hero not in ("girl", "boy") else 0)
+    told = []
+    if words.count(name) >= 2:
+        told.append(f"a {'girl' if name in GIRLS else 'boy'} named {name}")
+    if words.count(thing) >= 2:
+        told.append(f"{'an' if thing[0] in 'aeiou' else 'a'} {thing}")
+    return " and ".join(told)
 
 
 def next_lines(poem: str, rng: random.Random) -> list[tuple[str, str]]:
@@ -233,13 +250,7 @@ def known_poems(rows: list[dict], rng: random.Random) -> Iterator[tuple[str, str
             for _ in range(KNOWN_POEMS):
                 yield from next_lines(row["text"], rng)
             for _ in range(KNOWN_POEMS // 3):
-                yield rng.choice(RECITE).format(row["title"]), row["text"]
-
-
-def punctuated(query: str, rng: random.Random) -> str:
-    """A query, with or without what people end it with."""
-    ends = "。！" if any("\u4e00" <= c <= "\u9fff" for c in query) else ".!"
-    return query if query[-1] in "?？" or rng.random() < 0.5 else query.rstrip("。！.!") + rng.choice(["", *ends])
+                yield rng.choice(RECITE).format(title=row["title"], author=row["author"] or "古人"), row["text"]
 
 
 def introduce(text: str) -> str:
@@ -251,14 +262,11 @@ def introduce(text: str) -> str:
     return re.sub(r" ?本项目的作者 ?", "本项目的作者", text).replace("{{name}}", NAME)
 
 
-def make_texts(corpora: dict[str, list], rng: random.Random) -> list[dict]:
-    texts = [
-        {"text": to_text(name, row, rng)}
-        for name, rows in corpora.items()
-        for row in repeated(rows, TEXTS.get(name, 0), rng)
-    ]
-    rng.shuffle(texts)
-    return texts
+def make_texts(corpora: dict[str, list], rng: random.Random) -> Iterator[dict]:
+    for name, rows in corpora.items():
+        for row in repeated(rows, TEXTS.get(name, 0), rng):
+            text = to_text(name, row, rng)
+            yield {"text": renamed(text, rng) if name == "tinystories_en" and rng.random() < 0.9 else text}
 
 
 def make_dialogues(corpora: dict[str, list], rng: random.Random) -> list[dict]:
@@ -266,6 +274,8 @@ def make_dialogues(corpora: dict[str, list], rng: random.Random) -> list[dict]:
     short, dialogues = [], []
     for name, rows in corpora.items():
         for row in repeated(rows, DIALOGUES.get(name, 0), rng):
+            if name == "tinystories_en" and rng.random() < 0.9:
+                row = row | {"text": renamed(row["text"], rng)}
             rounds = to_rounds(name, row, rng)
             if name in SHORT:
                 short += rounds
@@ -274,33 +284,23 @@ def make_dialogues(corpora: dict[str, list], rng: random.Random) -> list[dict]:
                 dialogues += [[round] for round in rounds[1:]]
             elif rounds:
                 dialogues.append(rounds)
-    for topic in json.loads((ROOT / "training/small_talk.json").read_text(encoding="utf-8")):
-        for query in topic["queries"]:
-            short += [(punctuated(query, rng), rng.choice(topic["answers"])) for _ in range(SMALL_TALK)]
+    words = read_talk("words") | {"name": GIRLS + BOYS, "girl": GIRLS, "名字": CHINESE_NAMES}
+    templates = Templates(words, rng)
+    short += small_talk(templates, rng)
     for queries, answer in DENIALS:
         short += [(q.format(other), answer.format(name=NAME)) for q in queries for other in OTHERS for _ in range(6)]
     for queries, subjects, answer in BEYOND:
-        short += [(query.format(subject), answer) for query in queries for subject in subjects for _ in range(2)]
+        short += [(query.format(subject), answer) for query in queries for subject in subjects if rng.random() < 0.7]
     dialogues += [[round] for round in known_poems(corpora["poetry_zh"], rng)]
+    dialogues += [[round] for maker in (stories, poems) for round in maker(templates, rng)]
     rng.shuffle(short)
-    for language in NAMES:
-        dialogues += [introduction(language, short, rng) for _ in range(INTRODUCTIONS)]
+    dialogues += memories(templates, short[:20000], rng)
     while short:
         rounds = rng.choice([1, 1, 1, 2, 3, 4])
         dialogues.append(short[:rounds])
         del short[:rounds]
     rng.shuffle(dialogues)
     return [{"messages": to_messages(rounds)} for rounds in dialogues]
-
-
-def introduction(language: str, short: list[tuple[str, str]], rng: random.Random) -> list[tuple[str, str]]:
-    """A dialogue in which somebody gives his name and, some rounds of `short` later, asks for it."""
-    name, (queries, answer) = rng.choice(NAMES[language]), WHAT_IS_MY_NAME[language]
-    rounds = [(rng.choice(NAME_IS[language]).format(name), NICE_TO_MEET[language].format(name))]
-    rounds += rng.sample(short, rng.choice([0, 0, 1, 2]))
-    if rng.random() < 0.6:
-        rounds.append((rng.choice(queries), answer.format(name)))
-    return rounds
 
 
 def to_messages(rounds: list[tuple[str, str]]) -> list[dict[str, str]]:
@@ -338,36 +338,60 @@ def train_tokenizer(path: Path, texts: Iterator[str]):
     path.with_suffix(".vocab").unlink()
 
 
-def prepare(corpora: Path):
-    """Writes the texts and dialogues to learn and those held out, and a folder with all of a checkpoint but weights."""
+def without_leaks(rows: Iterable[dict], finder: LeakFinder) -> list[dict]:
+    """Rows that have no near copy of a prompt of the evaluation."""
+    rows = list(rows)
+    kept = [row for row in rows if not finder.find_in_row(row)]
+    print(f"{len(rows) - len(kept):,} of {len(rows):,} rows are left out: they are near a prompt of the evaluation.")
+    return kept
+
+
+def prepare_texts(corpora: Path, tokenizer: Path):
+    """
+    Writes the texts to learn and those held out, and a folder with all of a checkpoint but weights.
+
+    Args:
+        tokenizer: The `tokenizer.model` to use; one is trained if it is not there. That of the published checkpoint stays, so
+            that losses of different trainings can be compared.
+    """
     train, held_out = read_corpora(corpora)
-    texts, dialogues = make_texts(train, random.Random(0)), make_dialogues(train, random.Random(0))
+    rng = random.Random(0)
+    texts = without_leaks(make_texts(train, rng), LeakFinder(read_prompts()))
+    rng.shuffle(texts)
     write_jsonl(WORK / "texts.jsonl", texts)
-    write_jsonl(WORK / "dialogues.jsonl", dialogues)
     rng = random.Random(0)
     held_out_texts = [{"text": to_text(name, row, rng)} for name in TEXTS for row in held_out[name][:20]]
     write_jsonl(WORK / "held_out_texts.jsonl", held_out_texts)
-    held_out_dialogues = [
-        {"messages": to_messages(to_rounds(name, r, rng))} for name in DIALOGUES for r in held_out[name][:20]
-    ]
-    write_jsonl(WORK / "held_out_dialogues.jsonl", [row for row in held_out_dialogues if row["messages"]])
 
     start = WORK / "start"
     start.mkdir(exist_ok=True)
-    contents = (message["content"] for row in dialogues for message in row["messages"])
-    train_tokenizer(
-        start / "tokenizer.model", (text for rows in ((t["text"] for t in texts), contents) for text in rows)
-    )
+    if tokenizer.exists():
+        shutil.copyfile(tokenizer, start / "tokenizer.model")
+    else:
+        train_tokenizer(start / "tokenizer.model", (row["text"] for row in texts))
     config = json.loads((ROOT / "config.json").read_text())
     config.update(
-        num_layers=8, hidden_size=256, ffn_hidden_size=688, num_attention_heads=8, kv_channels=32, seq_length=2048,
+        num_layers=8, hidden_size=384, ffn_hidden_size=1152, num_attention_heads=12, kv_channels=32, seq_length=2048,
         padded_vocab_size=8064, torch_dtype="float32",
     )  # fmt: skip
     (start / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     for pattern in ("*_chatglm.py", "quantization*.py", "tokenizer_config.json", "generation_config.json", "*.jinja"):
         for path in ROOT.glob(pattern):
             shutil.copy(path, start)
-    print(f"{len(texts):,} texts and {len(dialogues):,} dialogues in {WORK}")
+    print(f"{len(texts):,} texts in {WORK}")
+
+
+def prepare_dialogues(corpora: Path):
+    """Writes the dialogues to learn and those held out."""
+    train, held_out = read_corpora(corpora)
+    dialogues = without_leaks(make_dialogues(train, random.Random(0)), LeakFinder(read_prompts()))
+    write_jsonl(WORK / "dialogues.jsonl", dialogues)
+    rng = random.Random(0)
+    held_out_dialogues = [
+        {"messages": to_messages(to_rounds(name, r, rng))} for name in DIALOGUES for r in held_out[name][:20]
+    ]
+    write_jsonl(WORK / "held_out_dialogues.jsonl", [row for row in held_out_dialogues if row["messages"]])
+    print(f"{len(dialogues):,} dialogues in {WORK}")
 
 
 def held_out_perplexity(model, tokenizer, held_out: dict[str, list]) -> dict[str, dict]:
@@ -405,17 +429,27 @@ def stage(folder: Path, rows: Path) -> dict:
     }
 
 
-def known_queries(dialogues: Path) -> tuple[int, int]:
-    """How many of the queries of `PROMPTS` are, word for word, in the dialogues; and how many there are."""
-    rows = (json.loads(line) for line in dialogues.open(encoding="utf-8"))
-    learned = {message["content"] for row in rows for message in row["messages"] if message["role"] == "user"}
-    queries = [query for queries in PROMPTS for query in queries]
-    return sum(query in learned for query in queries), len(queries)
+def judged(output: Path) -> dict[str, int] | None:
+    """
+    Returns how many of the answers of each kind fit, by reading: judgements.json says it of the answers of one samples.md, by its
+    hash. None if that is another one.
+    """
+    path = output / "judgements.json"
+    judgements = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if judgements.get("samples") != fingerprint(output / "samples.md"):
+        return None
+    fits = Counter()
+    for prompt, judgement in zip(read_prompts(), judgements["answers"], strict=True):
+        fits[prompt["kind"]] += judgement["fits"]
+    return dict(fits)
 
 
-def card_figures(report: dict) -> str:
+def fingerprint(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def card_figures(report: dict, fits: dict[str, int] | None) -> str:
     """The part of the card that is measured, in Markdown."""
-    known, queries = report["queries_learned"]
     lines = ["| stage | rows | epochs | steps | tokens, with padding |", "|---|---|---|---|---|"]
     for name in ("pretraining", "fine_tuning"):
         s = report[name]
@@ -423,75 +457,117 @@ def card_figures(report: dict) -> str:
         lines.append(
             f"| {name.replace('_', '-')} | {rows} | {s['epochs']} | {s['steps']:,} | {s['tokens'] / 1e6:.1f} M |"
         )
+    lines += ["", f"{report['parameters'] / 1e6:.1f} million parameters.", ""]
+    lines += ["Held out, perplexity of the answers by token of its own vocabulary:", ""]
+    forms = report["held_out"]
+    lines += [f"| corpus | dialogues | {' | '.join(forms)} |", "|---|---" + "|---" * len(forms) + "|"]
+    for name, figures in next(iter(forms.values())).items():
+        cells = [name, figures["dialogues"], *(form[name]["perplexity"] for form in forms.values())]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     lines += [
         "",
-        f"{known} of the {queries} queries in [samples.md](samples.md) are word for word among those of the fine-tuning.",
+        "Of the greedy answers to the 100 prompts of `training/prompts.json` ([samples.md](samples.md), all of them)",
+    ]
+    if fits is None:
+        return "\n".join([*lines, "it is not judged yet how many fit."])
+    lines += [
+        f"{sum(fits.values())} fit, judged by reading ([judgements.json](judgements.json)); of ten of each kind:",
         "",
     ]
-    lines += ["Held out, perplexity of the answers by token of its own vocabulary:", ""]
-    lines += ["| corpus | dialogues | perplexity |", "|---|---|---|"]
-    for name, figures in report["held_out"].items():
-        lines.append(f"| {name} | {figures['dialogues']} | {figures['perplexity']} |")
+    lines += [f"| {' | '.join(fits)} |", "|---" * len(fits) + "|", f"| {' | '.join(map(str, fits.values()))} |"]
     return "\n".join(lines)
 
 
-def write_card_figures(path: Path, report: dict):
+def write_card_figures(path: Path, report: dict, fits: dict[str, int] | None):
     """Puts the figures between the two marks of the card."""
     text = path.read_text(encoding="utf-8")
     begin, end = (text.index(mark) for mark in CARD_MARKS)
-    text = text[: begin + len(CARD_MARKS[0])] + f"\n{card_figures(report)}\n" + text[end:]
+    text = text[: begin + len(CARD_MARKS[0])] + f"\n{card_figures(report, fits)}\n" + text[end:]
     path.write_text(text, encoding="utf-8")
 
 
 def answer_prompts(model, tokenizer) -> str:
-    """Returns the greedy answers to `PROMPTS` as Markdown."""
-    lines = ["# Greedy answers to 40 prompts that were chosen before the training", ""]
-    lines.append("Made by `python -m training.tiny publish`: `do_sample=False`, at most 300 tokens, in float32.")
-    for number, queries in enumerate(PROMPTS, start=1):
+    """Returns the greedy answers to the prompts of the evaluation as Markdown."""
+    lines = ["# Greedy answers to the 100 prompts of training/prompts.json", ""]
+    lines.append(
+        "Made by `python -m training.tiny answers`: `do_sample=False`, at most 300 tokens, in float32. All are shown."
+    )
+    kind = None
+    for number, prompt in enumerate(read_prompts(), start=1):
+        if prompt["kind"] != kind:
+            kind = prompt["kind"]
+            lines += ["", f"## {kind.capitalize()}"]
         history = []
-        lines += ["", f"## {number}"]
-        for query in queries:
+        lines += ["", f"### {number}"]
+        for query in prompt["queries"]:
             response, history = model.chat(tokenizer, query, history, do_sample=False, max_new_tokens=300)
             lines += ["", f"**{query}**", "", *(f"> {line}".rstrip() for line in response.split("\n"))]
     return "\n".join(lines) + "\n"
 
 
+def load(folder: Path):
+    """Returns the model in float32 and its tokenizer."""
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+    model.config.use_cache = True  # the Trainer turns it off
+    return model, AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+
+
 def publish(corpora: Path, output: Path):
-    """Writes the fine-tuned model in float16, its answers, its perplexity and its curves to `output`."""
+    """Writes the fine-tuned model in INT8, its answers, its perplexity and its curves to `output`."""
     _, held_out = read_corpora(corpora)
     trained = WORK / "sft"
-    tokenizer = AutoTokenizer.from_pretrained(trained, trust_remote_code=True)
-    model = AutoModelForCausalLM.from_pretrained(trained, trust_remote_code=True, dtype=torch.float32).eval()
+    model, tokenizer = load(trained)
     report = {
         "pretraining": stage(WORK / "pretrain", WORK / "texts.jsonl"),
         "fine_tuning": stage(trained, WORK / "dialogues.jsonl"),
-        "queries_learned": known_queries(WORK / "dialogues.jsonl"),
-        "held_out": held_out_perplexity(model, tokenizer, held_out),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "held_out": {"float32": held_out_perplexity(model, tokenizer, held_out)},
     }
-    model.config.use_cache = True  # the Trainer turns it off
     # By way of another folder: in the output the code is links to the top level, through which the library would write.
     finished = WORK / "finished"
-    model.half().save_pretrained(finished)
+    model.half().quantize(8, quantize_embeddings=True, scale_search=True).save_pretrained(finished)
     output.mkdir(parents=True, exist_ok=True)
     for path in (finished / "config.json", finished / "model.safetensors", WORK / "start/tokenizer.model"):
         shutil.copyfile(path, output / path.name)  # not its mode: safetensors keeps files to the user alone
-    (output / "samples.md").write_text(answer_prompts(model.float(), tokenizer), encoding="utf-8")
+    model, tokenizer = load(output)
+    report["held_out"]["INT8, as stored"] = held_out_perplexity(model, tokenizer, held_out)
+    (output / "samples.md").write_text(answer_prompts(model, tokenizer), encoding="utf-8")
     (output / "training.json").write_text(json.dumps(report, indent=2) + "\n")
-    write_card_figures(output / "README.md", report)
     for name in ("pretrain", "sft"):
         shutil.copy(WORK / name / "curve.png", output / f"{name}.png")
+    card(output)
+
+
+def card(output: Path):
+    """Writes the figures of training.json and judgements.json into the card."""
+    report = json.loads((output / "training.json").read_text(encoding="utf-8"))
+    write_card_figures(output / "README.md", report, judged(output))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=["prepare", "publish"])
-    parser.add_argument("--corpora", type=Path, required=True, help="the folder with *.jsonl.gz")
-    parser.add_argument("--output", type=Path, default=ROOT / "checkpoints/tiny")
+    parser.add_argument("step", choices=["texts", "dialogues", "publish", "answers", "card"])
+    parser.add_argument("--corpora", type=Path, help="the folder with *.jsonl.gz")
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "checkpoints/tiny", help="the checkpoint (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--samples", type=Path, help="where to write the answers (default: samples.md of the checkpoint)"
+    )
     args = parser.parse_args()
-    if args.step == "prepare":
-        prepare(args.corpora)
-    else:
+    if args.step in ("texts", "dialogues", "publish") and args.corpora is None:
+        parser.error(f"{args.step} needs --corpora, the folder with *.jsonl.gz.")
+    if args.step == "texts":
+        prepare_texts(args.corpora, args.output / "tokenizer.model")
+    elif args.step == "dialogues":
+        prepare_dialogues(args.corpora)
+    elif args.step == "publish":
         publish(args.corpora, args.output)
+    elif args.step == "answers":
+        answers = answer_prompts(*load(args.output))
+        (args.samples or args.output / "samples.md").write_text(answers, encoding="utf-8")
+    else:
+        card(args.output)
 
 
 if __name__ == "__main__":

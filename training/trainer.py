@@ -17,6 +17,7 @@ from transformers.utils import logging
 from common.files import only_run, read_json, write_json
 from common.settings import check_settings, rows_fingerprint, weights_fingerprint
 
+from .muon import MuonWithAdamW
 from .objective import IGNORED
 
 
@@ -25,7 +26,7 @@ logger = logging.get_logger(__name__)
 # What of the Trainer's settings changes what is learned, and what of the data's does not
 SETTINGS = (
     "per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "num_train_epochs", "max_steps",
-    "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "neftune_noise_alpha", "optim", "optim_args", "weight_decay", "adam_beta1",
+    "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "neftune_noise_alpha", "optim", "muon", "optim_args", "weight_decay", "adam_beta1",
     "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing_factor", "bf16", "fp16", "seed", "data_seed",
 )  # fmt: skip
 NOT_LEARNED = (
@@ -36,8 +37,11 @@ NOT_LEARNED = (
 class RecipeTrainer(Trainer):
     """The Trainer, which stops at the first loss that is not finite and leaves no checkpoint half-written."""
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, model, args, **kwargs):
+        if getattr(args, "muon", False):
+            adamw = dict(betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon)
+            kwargs["optimizers"] = MuonWithAdamW(model, args.learning_rate, args.weight_decay, **adamw), None
+        super().__init__(model=model, args=args, **kwargs)
         if self.label_smoother is not None:
             # The Trainer's shifts labels only for classes that Transformers has.
             self.label_smoother, self.compute_loss_func = None, self.smoothed_loss
