@@ -27,6 +27,7 @@ from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .attention_chatglm import can_use_cpu_sdpa, cpu_sdpa_forward
 from .cache_chatglm import grow_in_place
 from .checks_chatglm import (
     check_cache,
@@ -183,47 +184,6 @@ def eager_attention_forward(
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     output = torch.matmul(weights.view(batch, kv_heads, heads // kv_heads * q_len, kv_len), value)
     return output.view(batch, heads, q_len, head_dim).transpose(1, 2).contiguous(), weights
-
-
-def can_use_cpu_sdpa(query: torch.Tensor, attention_mask: torch.Tensor | None, kwargs: dict) -> bool:
-    is_one_mask = attention_mask is None or attention_mask.shape[1] == 1  # for all heads
-    has_cache_to_update = "cache" in kwargs
-    return query.device.type == "cpu" and is_one_mask and not has_cache_to_update and not torch.jit.is_tracing()
-
-
-def cpu_sdpa_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    is_causal: bool | None = None,
-    **kwargs,
-) -> tuple[torch.Tensor, None]:
-    """
-    The library's sdpa for CPUs, where its own (5.24) copies keys and values for each head or has torch do so.
-
-    Measured on two cores of an AMD EPYC (Zen 5), 32 heads on 2, in turn: one token 1.0 to 2.8 times (float32) and 21 to 24
-    times (bfloat16) as fast without a mask, 5 tokens 6.3 and 2.1 times, 512 tokens 1.0 to 1.3 times.
-
-    Arguments and output are those of `eager_attention_forward`, without the weights; the mask is one for all heads.
-    """
-    batch, heads, q_len, head_dim = query.shape
-    kv_heads = module.num_key_value_heads
-    options = dict(attn_mask=attention_mask, dropout_p=dropout, scale=scaling)
-    if q_len == 1:  # the query heads that share a key-value head become rows of one matrix
-        folded = query.reshape(batch, kv_heads, module.num_key_value_groups, head_dim)
-        output = nn.functional.scaled_dot_product_attention(folded, key, value, **options)
-        return output.reshape(batch, 1, heads, head_dim), None
-    is_causal = (module.is_causal if is_causal is None else is_causal) and attention_mask is None
-    if is_causal and key.shape[2] > q_len:  # an empty static cache, whose rest is masked
-        key, value = key[:, :, :q_len], value[:, :, :q_len]
-    output = nn.functional.scaled_dot_product_attention(
-        query, key, value, is_causal=is_causal, enable_gqa=module.num_key_value_groups > 1, **options
-    )
-    return output.transpose(1, 2).contiguous(), None
 
 
 class SelfAttention(nn.Module):

@@ -1,4 +1,5 @@
-"""INT4 and INT8 matrix multiplication on CPUs: the C++, how it is compiled and when a compiled library is trusted.
+"""The C++ for CPUs: quantized and half-precision matrix multiplication, and attention of one token; how it is compiled, and
+when a compiled library is trusted.
 
 Remote code is loaded from Python files alone, so the C++ stands here as text. It is compiled at first use, for the
 machine that it is on, and kept in `~/.cache/chatglm2`.
@@ -258,6 +259,147 @@ void half_linear(const float *x, const uint16_t *weight, float *y, int64_t rows,
       if (done == 1) half_tile<type, 1, 1, 4>(x_m, at, y_m, out, in);
       if (done == 1 && is_pair) half_tile<type, 1, 1, 4>(x_m, at + in, y_m + 1, out, in);
     }
+  }
+}
+
+// ---- Attention of one token, whose query heads share few key-value heads. The lanes are query heads, so that each number of
+// a key or a value is read once for all of them. (Online softmax, by parts: Dao et al. 2022, arXiv 2205.14135.)
+
+constexpr int64_t KEYS = 64;       // taken together: they and their values stay in the cache
+constexpr int64_t PART = 16 * KEYS;  // of a thread
+constexpr int64_t MOST_COLUMNS = 256;
+
+inline INLINE Wide largest(Wide a, Wide b) { return a > b ? a : b; }
+
+// e^x for x <= 0, to 2 units in the last place. x = n ln 2 + r; the polynomial is the Taylor series of e^r.
+inline INLINE Wide exponential(Wide x) {
+  x = largest(x, Wide{} - 87.0f);
+  const Wide shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: rounds to an integer, n, in the lowest bits
+  const Wide n = shifted - 12582912.0f;
+  const Wide r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  Wide p = r * (1 / 720.0f) + 1 / 120.0f;
+  p = p * r + 1 / 24.0f;
+  p = p * r + 1 / 6.0f;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  return (Wide)((WideBits)p + ((WideBits)shifted << 23));
+}
+
+struct Attention {
+  const float *query;       // [kv_heads, heads, columns], scaled
+  const void *key, *value;  // [kv_heads, length, columns]
+  float *y;                 // [kv_heads, heads, columns]
+  int64_t kv_heads, heads, length, columns;
+  int64_t head_stride, stride;  // of key and value, in numbers
+  int threads;
+};
+
+// What is known of some keys: for each of WIDE heads the largest score, the sum of e^(score - largest), and the sum of the
+// values so weighted.
+struct Softmax {
+  Wide largest, sum, values[MOST_COLUMNS];
+};
+
+template <int type>
+inline INLINE const float *as_float32(const void *from, int64_t n, int64_t stride, int64_t columns, float *scratch) {
+  if (type == FLOAT32 && stride == columns) return (const float *)from;
+  for (int64_t i = 0; i < n; i++)
+    for (int64_t k = 0; k < columns; k += WIDE) {
+      Wide numbers;
+      if (type == FLOAT32)
+        memcpy(&numbers, (const float *)from + i * stride + k, sizeof(numbers));
+      else
+        numbers = widen<type>((const uint16_t *)from + i * stride + k);
+      memcpy(scratch + i * columns + k, &numbers, sizeof(numbers));
+    }
+  return scratch;
+}
+
+template <int N>
+inline INLINE void scores(const Wide *query, const float *key, int64_t columns, Wide *to) {
+  Wide sum[N] = {};
+  for (int64_t k = 0; k < columns; k++)
+    each<N>([&](int i) INLINE { sum[i] += query[k] * key[i * columns + k]; });
+  each<N>([&](int i) INLINE { to[i] = sum[i]; });
+}
+
+// Adds n keys, at most KEYS, to what is known.
+inline void add_keys(const Wide *query, const float *key, const float *value, int64_t n, int64_t columns, Softmax *known) {
+  Wide score[KEYS], largest_score = known->largest;
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    for (int64_t k = 0; k < 8 * columns; k += 16) {
+      __builtin_prefetch(value + i * columns + k);
+      __builtin_prefetch(key + (i + 8) * columns + k);
+    }
+    scores<8>(query, key + i * columns, columns, score + i);
+  }
+  for (; i < n; i++) scores<1>(query, key + i * columns, columns, score + i);
+  for (i = 0; i < n; i++) largest_score = largest(largest_score, score[i]);
+  const Wide shrink = exponential(known->largest - largest_score);
+  Wide sum = known->sum * shrink;
+  for (i = 0; i < n; i++) {
+    sum += 0.0f * score[i];  // NaN, if it is not finite
+    score[i] = exponential(score[i] - largest_score);
+    sum += score[i];
+  }
+  known->largest = largest_score;
+  known->sum = sum;
+  constexpr int TOGETHER = 16;
+  for (int64_t k = 0; k < columns; k += TOGETHER) {
+    Wide total[TOGETHER];
+    each<TOGETHER>([&](int c) INLINE { total[c] = known->values[k + c] * shrink; });
+    for (i = 0; i < n; i++)
+      each<TOGETHER>([&](int c) INLINE { total[c] += score[i] * value[i * columns + k + c]; });
+    each<TOGETHER>([&](int c) INLINE { known->values[k + c] = total[c]; });
+  }
+}
+
+template <int type>
+void attention(const Attention &a) {
+  const int64_t parts = (a.length + PART - 1) / PART, blocks = (a.heads + WIDE - 1) / WIDE, size = type == FLOAT32 ? 4 : 2;
+  Buffer<Softmax> known(a.kv_heads * blocks * parts);
+  const Scratch<float> scratch(a.threads, 2 * KEYS * a.columns);
+#pragma omp parallel for collapse(2) schedule(dynamic, 1) num_threads(a.threads)
+  for (int64_t h = 0; h < a.kv_heads; h++)
+    for (int64_t part = 0; part < parts; part++) {
+      Wide query[MOST_COLUMNS];
+      for (int64_t block = 0; block < blocks; block++) {
+        Softmax *mine = known + (h * blocks + block) * parts + part;
+        mine->largest = Wide{} - INFINITY;
+        mine->sum = Wide{};
+        for (int64_t k = 0; k < a.columns; k++) {
+          mine->values[k] = Wide{};
+          for (int64_t lane = 0; lane < WIDE; lane++) {
+            const int64_t head = std::min(block * WIDE + lane, a.heads - 1);
+            query[k][lane] = a.query[(h * a.heads + head) * a.columns + k];
+          }
+        }
+        const int64_t end = std::min((part + 1) * PART, a.length);
+        for (int64_t i = part * PART; i < end; i += KEYS) {
+          const int64_t n = std::min(KEYS, end - i), offset = (h * a.head_stride + i * a.stride) * size;
+          float *keys = scratch.mine(), *values = keys + KEYS * a.columns;
+          add_keys(query, as_float32<type>((const char *)a.key + offset, n, a.stride, a.columns, keys),
+                   as_float32<type>((const char *)a.value + offset, n, a.stride, a.columns, values), n, a.columns, mine);
+        }
+      }
+    }
+  for (int64_t i = 0; i < a.kv_heads * blocks; i++) {
+    const Softmax *of = known + i * parts;
+    Wide most = of[0].largest;
+    for (int64_t part = 1; part < parts; part++) most = largest(most, of[part].largest);
+    Wide sum = {}, weight[1] = {};
+    Softmax total = {};
+    for (int64_t part = 0; part < parts; part++) {
+      weight[0] = exponential(of[part].largest - most);
+      sum += of[part].sum * weight[0];
+      for (int64_t k = 0; k < a.columns; k++) total.values[k] += of[part].values[k] * weight[0];
+    }
+    const int64_t h = i / blocks, first = i % blocks * WIDE;
+    for (int64_t lane = 0; lane < WIDE && first + lane < a.heads; lane++)
+      for (int64_t k = 0; k < a.columns; k++)
+        a.y[(h * a.heads + first + lane) * a.columns + k] = total.values[k][lane] / sum[lane];
   }
 }
 
@@ -709,6 +851,21 @@ extern "C" void chatglm_half_linear(const float *x, const uint16_t *weight, int 
     half_linear<BFLOAT16>(x, weight, y, rows, out, in, threads);
 }
 
+// Returns 1 if there is not enough memory. `columns` is a multiple of 16, at most 256.
+extern "C" int chatglm_attention(const float *query, const void *key, const void *value, int type, float *y,
+                                 int64_t kv_heads, int64_t heads, int64_t length, int64_t columns, int64_t head_stride,
+                                 int64_t stride, int threads) {
+  const Attention a = {query, key, value, y, kv_heads, heads, length, columns, head_stride, stride, threads};
+  try {
+    if (type == FLOAT32) attention<FLOAT32>(a);
+    if (type == FLOAT16) attention<FLOAT16>(a);
+    if (type == BFLOAT16) attention<BFLOAT16>(a);
+  } catch (const std::bad_alloc &) {
+    return 1;
+  }
+  return 0;
+}
+
 extern "C" int chatglm_dequantize(const int8_t *weight, const void *scale, int scale_type, void *y, int y_type,
                                   int64_t out, int64_t in, int64_t groups, int bits, int threads) {
   const Problem p = {nullptr, weight, scale, scale_type, nullptr, 0, out, in, groups, bits, threads};
@@ -890,13 +1047,14 @@ def cpu_library() -> ctypes.CDLL | None:
         library.chatglm_linear.argtypes = [pointer] * 3 + [number, pointer] + [size] * 4 + [number] * 2
         library.chatglm_half_linear.argtypes = [pointer] * 2 + [number, pointer] + [size] * 3 + [number]
         library.chatglm_half_linear.restype = None
+        library.chatglm_attention.argtypes = [pointer] * 3 + [number, pointer] + [size] * 6 + [number]
         library.chatglm_dequantize.argtypes = [pointer] * 2 + [number, pointer, number] + [size] * 3 + [number] * 2
         return library
     # RuntimeError: no home; ValueError: CXX with an open quotation
     except (OSError, RuntimeError, ValueError) as error:
         logger.warning(
-            "There are no compiled kernels for the CPU: INT4 and INT8 weights are multiplied by plain torch, several times "
-            f"slower. {error}"
+            "There are no compiled kernels for the CPU. Plain torch takes their place, for INT4 and INT8 several times slower. "
+            f"{error}"
         )
         return None
 
@@ -958,6 +1116,22 @@ def cpu_half_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         torch.get_num_threads(),
     )  # fmt: skip
     return output.to(dtype)
+
+
+def cpu_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
+    """
+    Attention to all of `key` and `value`, `[kv_heads, length, head_dim]`, in the dtype of `query`, `[kv_heads, heads,
+    head_dim]`; sums are in float32. Both must have the strides of key, and head_dim must be a multiple of 16, at most 256.
+    """
+    output, length = torch.empty(query.shape), key.shape[1]
+    scaled = query.float().contiguous() * scaling
+    failed = cpu_library().chatglm_attention(
+        scaled.data_ptr(), key.data_ptr(), value.data_ptr(), SCALE_TYPES[key.dtype], output.data_ptr(),
+        *query.shape[:2], length, query.shape[2], key.stride(0), key.stride(1), torch.get_num_threads(),
+    )  # fmt: skip
+    if failed:
+        raise MemoryError(f"Not enough memory to attend to {length} tokens.")
+    return output.to(query.dtype)
 
 
 def cpu_dequantize(weight: torch.Tensor, scale: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor:

@@ -72,7 +72,7 @@ def chatglm():
         modeling=modeling,
         **{
             name: sys.modules[f"{modeling.__package__}.{name}_chatglm"]
-            for name in ("cache", "checks", "compat", "generation", "linear", "loading", "streaming")
+            for name in ("attention", "cache", "checks", "compat", "generation", "linear", "loading", "streaming")
         },
         quantization=sys.modules[f"{modeling.__package__}.quantization"],
         kernels=sys.modules[f"{modeling.__package__}.quantization_kernels"],
