@@ -52,18 +52,38 @@ def cache(tmp_path, monkeypatch):
 # Results
 
 
-@pytest.mark.parametrize("build", BUILDS)
-def test_int8_activations(kernels, fresh, monkeypatch, cache, build):
-    """No more than rounding in blocks of 32 explains, so that an outlier spoils no more than its block."""
-    if build.startswith("AVX") and build.replace("-", "_").lower() not in fresh.cpu_features():
-        pytest.skip(f"This CPU has no {build}.")
-    if BUILDS[build] is not None:
-        flags = fresh.compiler_flags()[:-1] + BUILDS[build]
+@pytest.fixture(params=BUILDS)
+def build(request, fresh, monkeypatch, cache):
+    """Has the library compiled for less than this CPU."""
+    if request.param.startswith("AVX") and request.param.replace("-", "_").lower() not in fresh.cpu_features():
+        pytest.skip(f"This CPU has no {request.param}.")
+    if BUILDS[request.param] is not None:
+        flags = fresh.compiler_flags()[:-1] + BUILDS[request.param]
         monkeypatch.setattr(fresh, "compiler_flags", lambda: flags)
     assert fresh.cpu_library() is not None
+    return fresh
+
+
+def test_each_build(kernels, build):
+    """
+    Quantized activations: no more error than rounding in blocks of 32 explains, so that an outlier spoils no more than its
+    block. Half precision and attention: no more than that of float32.
+    """
     for bits, (x, weight, scale, exact) in all_cases(kernels):
         error = (kernels.quantized_linear(x, weight, scale, bits).double() - x.double() @ exact.T).abs()
         assert (error <= 1.001 * rounding_bound(x, exact) + 1e-5 * float_bound(x, exact)).all()
+    for dtype in (torch.float16, torch.bfloat16):
+        x, weight = torch.randn(7, 250), torch.randn(37, 250).to(dtype)
+        for rows in (x[:1], x[:2], x):
+            exact = rows.double() @ weight.double().T
+            assert (build.cpu_half_linear(rows, weight).double() - exact).abs().max() < 1e-4
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        query, key, value = (torch.randn(2, n, 48).to(dtype) for n in (17, 1100, 1100))
+        exact = torch.nn.functional.scaled_dot_product_attention(
+            query.double(), key.double(), value.double(), scale=0.2
+        )
+        error = build.cpu_attention(query, key, value, 0.2).double() - exact
+        assert error.abs().max() < 1e-5 + torch.finfo(dtype).eps * exact.abs().max()
 
 
 def test_few_and_many_rows_agree(kernels):
