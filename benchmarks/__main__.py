@@ -5,17 +5,19 @@ Runs the benchmarks one after another, each in a process of its own, and writes 
     python -m benchmarks decode rounds      # some of them
     python -m benchmarks --quick            # one layer and short texts, to see that they run: 3 minutes
 
-Figures go to benchmarks/results, plots and tables to docs/; with --quick to build/benchmarks/quick instead.
+Figures go to benchmarks/results, to a folder for each CPU, plots and tables to docs/; with --quick to
+build/benchmarks/quick instead.
 """
 
 import argparse
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 from common.package import ROOT
 
-from .measure import SHARED
+from .measure import SHARED, cpu_name
 
 
 NAMES = [
@@ -50,7 +52,8 @@ def main():
             print(f"{name} is left out: its texts are not at {SHARED}.", file=sys.stderr)
             continue
         print(f"== {name}", file=sys.stderr, flush=True)
-        command = [sys.executable, "-m", f"benchmarks.{name}", "--output", str(results / f"{name}.json")]
+        file = results / re.sub(r"[^a-z0-9]+", "-", cpu_name().lower()) / f"{name}.json"
+        command = [sys.executable, "-m", f"benchmarks.{name}", "--output", str(file)]
         command += ["--work", str(args.work), *(["--quick"] if args.quick else [])]
         if subprocess.run(command, cwd=ROOT).returncode:
             failed.append(name)

@@ -2,7 +2,7 @@
 What attention adds to a step of decoding as the context grows, in the ChatGLM2-6B shape on the CPU: this model, the same
 without multi-query attention (32 groups, as the first generation had), `GlmForCausalLM` of Transformers, and llama.cpp.
 
-    python -m benchmarks.attention --output benchmarks/results/attention.json
+    python -m benchmarks.attention --output build/attention.json
 
 Only attention depends on the context, so two layers show what each adds; `decode_ms` is a measured step of INT4 with all 28
 layers and a short context (llama.cpp's Q4_0 likewise), plus 28 times that. Caches are filled with random numbers,

@@ -2,7 +2,7 @@
 Throughput of several requests in the ChatGLM2-6B shape on the CPU: one by one, as one padded batch, and by continuous
 batching (`generate_batch`).
 
-    python -m benchmarks.batching --output benchmarks/results/batching.json
+    python -m benchmarks.batching --output build/batching.json
 
 INT4, random weights. Prompts differ in length; tokens per second are of what is generated, prefill included in the time.
 """

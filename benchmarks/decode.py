@@ -2,7 +2,7 @@
 Loading, prefill and decoding in the ChatGLM2-6B shape, on the CPU, beside llama.cpp, ik_llama.cpp (with `--ik`), and, in
 float and half precision, `GlmForCausalLM` of Transformers.
 
-    python -m benchmarks.decode --output benchmarks/results/MACHINE/decode.json --ik ik_llama.cpp/build/bin/llama-bench
+    python -m benchmarks.decode --output build/decode.json --ik ik_llama.cpp/build/bin/llama-bench
 
 Weights are random. The systems generate greedily from the same number of tokens, on as many threads, in turn; reported are
 medians over the rounds, and their ratios. In each round the memory is read once as fast as the CPU can: decoding cannot be

@@ -151,15 +151,22 @@ def read_bandwidth(numbers: torch.Tensor) -> float:
     return 8 * words / min(times) / 1e9
 
 
-def describe_machine() -> dict:
-    model = platform.processor() or platform.machine()
+def cpu_name() -> str:
+    """The CPU's name; with its family and model where virtual machines hide the rest."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    name = fields.get("model name", platform.machine())
+    if "cpu family" not in fields:
+        return name
+    return f"{name}, family {fields['cpu family']} model {fields.get('model', '?')}"
+
+
+def describe_machine() -> dict:
     return {
-        "cpu": model,
+        "cpu": cpu_name(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),

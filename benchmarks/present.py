@@ -24,25 +24,24 @@ def table(header: list[str], rows: list[list]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def peer_of(result: dict) -> str | None:
-    return next((name for name in ("llama.cpp", "GlmForCausalLM") if name in result), None)
-
-
-PRECISION_NAMES = {"float32": "float32", "bfloat16": "bfloat16", "int8": "INT8", "int4": "INT4"}
+PRECISION_NAMES = {"int4": "INT4", "int8": "INT8", "bfloat16": "bfloat16", "float16": "float16", "float32": "float32"}
+SPEEDS = {"decode_tokens_s": "decoding", "prefill_tokens_s": "prompt of 512"}
 
 
 def decode_rows(figures: dict) -> list[tuple[str, dict]]:
     rows = [(name, figures[key]) for key, name in PRECISION_NAMES.items() if key in figures]
-    return [(f"{name}, {r['layers']} layers" if name == "float32" else name, r) for name, r in rows]
+    return [(f"{name}, {r['layers']} layers" if r["layers"] != 28 else name, r) for name, r in rows]
 
 
 def decode_text(figures: dict) -> str:
+    """Tables of speeds, the worst ratio first, and of what limits them."""
     rows = []
     for name, result in decode_rows(figures):
-        peer = peer_of(result)
-        for figure, label in (("decode_tokens_s", "decoding"), ("prefill_tokens_s", f"prompt of {figures['prompt']}")):
-            theirs = [f"{peer} {result[peer][figure]:.2f}", f"{result['ratio'][figure]:.2f}"] if peer else ["", ""]
-            rows.append([name, label, f"{result['this'][figure]:.2f}", *theirs])
+        for peer, ratios in result["ratio"].items():
+            for key, label in SPEEDS.items():
+                speeds = [f"{result['this'][key]:.2f}", f"{peer} {result[peer][key]:.2f}"]
+                rows.append([name, label, *speeds, f"{ratios[key]:.2f}"])
+    rows.sort(key=lambda row: float(row[-1]))
     speed = table(["", "tokens per second", "this", "beside", "ratio"], rows)
     rows = [
         [
@@ -50,27 +49,18 @@ def decode_text(figures: dict) -> str:
             f"{r['load_seconds']:.1f}",
             f"{r['weights_gb']:.1f}",
             f"{r['anonymous_gb']:.2f}",
-            f"{r['read_gb_s']:.1f}",
-            f"{r['bandwidth_gb_s']:.1f}",
+            f"{r['share_of_stream']:.0%} of {r['stream_gb_s']:.0f} GB/s" if "stream_gb_s" in r else "",
             f"{max(r['share_outside_products'], 0):.0%}",
         ]
         for name, r in decode_rows(figures)
     ]
-    header = [
-        "",
-        "load, s",
-        "weights, GB",
-        "anonymous memory, GB",
-        "weights read, GB/s",
-        "memory gives, GB/s",
-        "of a step outside of products",
-    ]
+    header = ["", "load, s", "weights, GB", "anonymous memory, GB", "decoding reads", "of a step outside of products"]
     text = f"{speed}\n\n{table(header, rows)}\n\n"
     text += (
-        "All 28 layers of the 6B shape (float32: fewer, as all would take 25 GB), random weights, through `generate`. "
-        "INT8 and INT4 have embedding and output layer in INT8 and are beside Q8_0 and Q4_0 (head in Q6_K), the others "
-        "beside the same weights in `GlmForCausalLM`. Anonymous memory is the peak while loading and answering once; "
-        "weights stay mapped from the file, except where they are cast (float32)."
+        "The 6B shape, random weights, through `generate`. INT8 and INT4 have embedding and output layer in INT8 and are "
+        "beside Q8_0 and Q4_0 (head in Q6_K); `GlmForCausalLM` has the same weights, and multiplies by torch. Anonymous "
+        "memory is the peak while loading and answering once; weights stay mapped from the file, except where they are cast. "
+        "What decoding reads is a share of what the CPU reads at best, in the same minutes."
     )
     return text
 
@@ -78,19 +68,19 @@ def decode_text(figures: dict) -> str:
 def decode_plot(figures: dict, plt):
     figure, axes = plt.subplots(1, 2, figsize=(10, 4))
     rows = [(name, result) for name, result in decode_rows(figures) if result["layers"] == most_layers(figures)]
-    for axis, key, title in zip(
-        axes, ("decode_tokens_s", "prefill_tokens_s"), ("Decoding", f"Prompt of {figures['prompt']} tokens")
-    ):
+    systems = {"this package": "this", "llama.cpp": "llama.cpp", "ik_llama.cpp": "ik_llama.cpp"}
+    systems["GlmForCausalLM (Transformers)"] = "GlmForCausalLM"
+    colors = dict(zip(systems, (OURS, OTHERS[0], OTHERS[1], PEER)))
+    for axis, key, title in zip(axes, SPEEDS, ("Decoding", f"Prompt of {figures['prompt']} tokens")):
         for i, (_, result) in enumerate(rows):
-            peer = peer_of(result)
-            axis.bar(i - 0.2, result["this"][key], 0.4, color=OURS, label="this package" if i == 0 else None)
-            if peer:
-                label = {"GlmForCausalLM": "GlmForCausalLM (Transformers)"}.get(peer, peer)
+            present = [label for label, name in systems.items() if name in result]
+            for j, label in enumerate(present):
+                x, speed = i + 0.27 * (j - (len(present) - 1) / 2), result[systems[label]][key]
                 shown = axis.get_legend_handles_labels()[1]
-                color = PEER if peer == "GlmForCausalLM" else OTHERS[0]
-                axis.bar(i + 0.2, result[peer][key], 0.4, color=color, label=None if label in shown else label)
-                top = max(result["this"][key], result[peer][key])
-                axis.text(i, top, f"{result['ratio'][key]:.2f}x", ha="center", va="bottom")
+                axis.bar(x, speed, 0.25, color=colors[label], label=None if label in shown else label)
+                if j:
+                    ratio = result["ratio"][systems[label]][key]
+                    axis.text(x, speed, f"{ratio:.2f}x", ha="center", va="bottom", fontsize="small")
         axis.set_xticks(range(len(rows)), [name for name, _ in rows])
         axis.set(title=title, ylabel="tokens per second")
         axis.margins(y=0.15)
@@ -389,56 +379,32 @@ SECTIONS = {
 }
 
 
-def summary(figures: dict[str, dict]) -> str:
-    """The table of the README: one line for each thing that a user would ask for."""
+def summary(machines: list[dict[str, dict]]) -> str:
+    """The table of the README: how this package compares on each CPU, the worst ratio first."""
     rows = []
-    for precision in ("int4", "int8", "bfloat16"):
-        result = figures.get("decode", {}).get(precision)
-        if result and peer_of(result):
-            for figure, label in (("decode_tokens_s", "decoding"), ("prefill_tokens_s", "prompt of 512")):
-                this, peer = result["this"][figure], peer_of(result)
-                rows.append(
-                    [
-                        f"{PRECISION_NAMES[precision]}, {label}",
-                        f"{this:.1f} tokens/s",
-                        f"{result['ratio'][figure]:.2f} times {peer}",
-                    ]
-                )
-    for row in figures.get("attention", {}).get("rows", []):
-        if row["positions"] > 8000 and "decode_ratio" in row:
-            speed = 1000 / row["this"]["decode_ms"]
-            rows.append(
-                [
-                    f"INT4, decoding at {row['positions']:,} positions (computed: a short step of all layers, and 28 times what a layer adds)",
-                    f"{speed:.1f} tokens/s",
-                    f"{row['decode_ratio']:.2f} times llama.cpp",
-                ]
-            )
-    if "prompts" in figures:
-        last = figures["prompts"]["rows"][-1]
-        peak = last["in chunks"]["peak_gb_above_weights_and_cache"]
-        label = f"prompt of {last['tokens']:,} tokens, {figures['prompts']['layers']} layers, memory"
-        rows.append([label, f"{peak:.1f} GB above weights and cache", ""])
-    if "rounds" in figures:
-        last = figures["rounds"]["rows"][-1]
-        rows.append(
-            [
-                f"first token of the next round, {last['history_tokens']:,} tokens of history",
-                f"{last['with_cache_s']:.1f} s",
-                f"{last['ratio']:.0f} times faster than without the cache",
-            ]
-        )
-    if "batching" in figures:
-        last = figures["batching"]["rows"][-1]
-        best = max(last["tokens_s"], key=last["tokens_s"].get)
-        rows.append(
-            [
-                f"{last['requests']} requests, {best}",
-                f"{last['tokens_s'][best]:.1f} tokens/s",
-                f"{last['ratio'][best]:.2f} times one by one",
-            ]
-        )
-    return table(["6B shape", "this", "beside"], rows)
+    for figures in machines:
+        for name, result in decode_rows(figures.get("decode", {})):
+            for peer, ratios in result["ratio"].items():
+                for key, label in SPEEDS.items():
+                    speed = f"{result['this'][key]:.1f} tokens/s"
+                    rows.append([ratios[key], f"{name}, {label}", speed, peer, figures["decode"]])
+        for row in figures.get("attention", {}).get("rows", []):
+            if row["positions"] > 8000 and "decode_ratio" in row:
+                label = f"INT4, decoding at {row['positions']:,} positions (computed from 2 layers)"
+                speed = f"{1000 / row['this']['decode_ms']:.1f} tokens/s"
+                rows.append([row["decode_ratio"], label, speed, "llama.cpp", figures["attention"]])
+        if "rounds" in figures:
+            last = figures["rounds"]["rows"][-1]
+            label = f"first token of the next round after {last['history_tokens']:,} tokens"
+            rows.append([last["ratio"], label, f"{last['with_cache_s']:.1f} s", "no cache", figures["rounds"]])
+    rows.sort(key=lambda row: row[0])
+    return table(
+        ["6B shape", "this", "ratio", "CPU, 2 threads"],
+        [
+            [label, speed, f"{ratio:.2f} times {peer}", measured["machine"]["cpu"]]
+            for ratio, label, speed, peer, measured in rows
+        ],
+    )
 
 
 def machine(figures: dict) -> str:
@@ -461,44 +427,44 @@ def main():
         print("matplotlib is not installed: plots are left as they are.", file=sys.stderr)
         plt = None
 
-    paths = {name: args.results / f"{name}.json" for name in SECTIONS}
-    figures = {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
     (args.docs / "images").mkdir(parents=True, exist_ok=True)
+    machines = {folder.name: read_figures(folder) for folder in sorted(args.results.iterdir()) if folder.is_dir()}
     page = ["# Benchmarks", ""]
     page += [
-        "`make bench` measures all of this, and writes this page. Systems that are compared take turns in one run; figures "
-        "are medians, except where a single run is named. Compare ratios: the rest depends on the machine. Peers that are not installed (extra `bench`) are "
-        "left out. `python -m benchmarks --quick` shows in 3 minutes that everything runs; `python -m benchmarks.gpu` is for "
-        "GPUs.",
+        "`make bench` measures all of this on your machine, and writes this page. Systems that are compared take turns in one "
+        "run; figures are medians, except where a single run is named. Compare ratios: the rest depends on the machine. Peers "
+        "that are not installed (extra `bench`) are left out. `python -m benchmarks --quick` shows in 3 minutes that "
+        "everything runs; `python -m benchmarks.gpu` is for GPUs.",
     ]
-    for name, result in figures.items():
-        title, text, plot = SECTIONS[name]
-        image = f"images/{name}.png"
-        page += [
-            "",
-            f"## {title}",
-            "",
-            text(result),
-            "",
-            f"![{title}]({image})",
-            "",
-            f"`benchmarks/{name}.py`, {machine(result)}.",
-        ]
-        if plt is not None:
-            figure = plot(result, plt)
-            figure.set_layout_engine("constrained")
+    for name, (title, text, plot) in SECTIONS.items():
+        measured = {folder: figures[name] for folder, figures in machines.items() if name in figures}
+        if measured:
+            page += ["", f"## {title}"]
+        for folder, result in measured.items():
+            image = f"images/{name}-{folder}.png"
             where = f"{result['machine']['cpu']}, {result['machine']['threads']} threads"
-            figure.supxlabel(f"{MODELS[name](result)} · {where}", fontsize="small", color="#555555")
-            figure.savefig(args.docs / image, dpi=DPI)
-            plt.close(figure)
+            page += ["", f"### {where}", "", text(result), "", f"![{title}]({image})", ""]
+            page += [f"`benchmarks/{name}.py`, {machine(result)}."]
+            if plt is not None:
+                figure = plot(result, plt)
+                figure.set_layout_engine("constrained")
+                figure.supxlabel(f"{MODELS[name](result)} · {where}", fontsize="small", color="#555555")
+                figure.savefig(args.docs / image, dpi=DPI)
+                plt.close(figure)
     (args.docs / "benchmarks.md").write_text("\n".join(page) + "\n")
 
     readme = ROOT / "README.md"
     if args.docs == ROOT / "docs":
-        text = f"<!-- benchmarks -->\n{summary(figures)}\n<!-- /benchmarks -->"
+        text = f"<!-- benchmarks -->\n{summary(list(machines.values()))}\n<!-- /benchmarks -->"
         readme.write_text(
             re.sub("<!-- benchmarks -->.*<!-- /benchmarks -->", lambda _: text, readme.read_text(), flags=re.S)
         )
+
+
+def read_figures(folder: Path) -> dict[str, dict]:
+    """Returns the figures of a CPU by the benchmark's name."""
+    paths = {name: folder / f"{name}.json" for name in SECTIONS}
+    return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
 
 
 if __name__ == "__main__":

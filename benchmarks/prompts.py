@@ -2,7 +2,7 @@
 Long prompts in the ChatGLM2-6B shape on the CPU: seconds and peak memory, in chunks (what `generate` does by itself) and as a
 whole.
 
-    python -m benchmarks.prompts --output benchmarks/results/prompts.json
+    python -m benchmarks.prompts --output build/prompts.json
 
 INT4 with 2 of the 28 layers. Memory above weights and cache is that of one layer at work, and what each layer's cache has to
 spare: up to a quarter of the cache more.

@@ -2,7 +2,7 @@
 Time to the first token of the next round of a dialogue in the ChatGLM2-6B shape on the CPU: with the cache of the last round,
 and with the history encoded again.
 
-    python -m benchmarks.rounds --output benchmarks/results/rounds.json
+    python -m benchmarks.rounds --output build/rounds.json
 
 INT4, random weights, through `chat`.
 """

@@ -2,7 +2,7 @@
 Servers of OpenAI's API in the ChatGLM2-6B shape on the CPU, with several clients at once: this package's, one by one and with
 continuous batching, beside llama.cpp's (llama-cpp-python with its `server` extra) and vLLM's, where they are installed.
 
-    python -m benchmarks.serving --output benchmarks/results/serving.json
+    python -m benchmarks.serving --output build/serving.json
     python -m benchmarks.serving --vllm .venv-vllm/bin/vllm
 
 All have the same random weights, in INT4 (vLLM in bfloat16), and get the same prompts: texts of different lengths, answered
