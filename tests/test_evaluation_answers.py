@@ -29,7 +29,7 @@ from evaluation import answers
         ("x = 12.", 12),
         ("so 18.", 18),
         ("3/4", Fraction(3, 4)),
-        ("3/0", 3),
+        (r"\frac{3}{0}", 3),
         ("1 1/2 cups", Fraction(3, 2)),
         (r"\boxed{12}", 12),
         (r"Thus $\boxed{-12}$.", -12),
