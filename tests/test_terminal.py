@@ -52,7 +52,15 @@ class Window:
         self.tmux = ["tmux", "-f", "/dev/null", "-S", str(folder / "tmux")]
         environment = ["-e", "LC_ALL=C.UTF-8", "-e", f"PYTHONPATH={ROOT}"]
         size = ["-x", str(columns), "-y", str(rows)]
-        self.do("new-session", "-d", *size, "-c", str(folder), *environment, "env -u COLUMNS -u LINES bash --norc --noprofile")
+        self.do(
+            "new-session",
+            "-d",
+            *size,
+            "-c",
+            str(folder),
+            *environment,
+            "env -u COLUMNS -u LINES bash --norc --noprofile",
+        )
         self.wait_for("[$#]")
 
     def do(self, *command: str) -> str:
