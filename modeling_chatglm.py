@@ -38,13 +38,14 @@ from .checks_chatglm import (
 )
 from .compat_chatglm import CACHE_NAME, update_cache
 from .configuration_chatglm import ChatGLMConfig
+
+# Not used here, like the others marked F401: until 5.16, the library copies only the files of a folder that this imports.
+from .cpp_chatglm import CPP_SOURCE  # noqa: F401
 from .generation_chatglm import ChatGLMGenerationMixin
 from .linear_chatglm import Linear
 from .loading_chatglm import ChatGLMLoadingMixin
 from .prefix_chatglm import PrefixEncoder, uncover_prefix
 from .quantization import init_quantized
-
-# Not used here. Until 5.16, of a local folder the library copies only the files that this one imports.
 from .quantization_cpu import cpu_linear  # noqa: F401
 from .quantization_gpu import gpu_linear  # noqa: F401
 from .quantization_kernels import quantized_linear  # noqa: F401

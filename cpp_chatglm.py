@@ -1,0 +1,854 @@
+"""The C++ for CPUs: quantized and half-precision matrix multiplication, and attention of one token.
+
+Remote code is loaded from Python files alone, so the C++ stands here as text. How it is compiled and called is in
+quantization_cpu.py.
+"""
+
+CPP_SOURCE = r"""
+// y = x * weight^T, for weights in INT8 or INT4 with a scale for each row or each group of columns.
+//
+// Activations are quantized to INT8 in blocks of 32 columns, so that an outlier spoils no more than its block, and
+// multiplied as integers: vpdpbusd or vpmaddubsw take unsigned weights and signed activations, so `offset` is added to
+// the weights, and the sum that it adds to each product is what the accumulators start from.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <utility>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+#if defined(_OPENMP)
+extern "C" int omp_get_thread_num(void);  // macOS has no omp.h
+#endif
+
+namespace {
+
+constexpr int64_t BLOCK = 32;     // columns of activations that share a scale
+constexpr int64_t FEW_ROWS = 16;
+constexpr int64_t PADDING = 128;  // columns are padded to a multiple of this, at least a vector of INT4
+
+enum ScaleType { FLOAT32, FLOAT16, BFLOAT16 };
+
+struct Problem {
+  const float *x;        // [rows, in]
+  const int8_t *weight;  // [out, in * bits / 8]
+  const void *scale;     // [out, groups]
+  int scale_type;
+  float *y;              // [rows, out]
+  int64_t rows, out, in, groups;
+  int bits, threads;
+
+  int64_t row_bytes() const { return in * bits / 8; }
+  int64_t group_size() const { return in / groups; }
+
+  void read_scales(int64_t row, float *to) const {
+    int64_t begin = row * groups;
+    if (scale_type == FLOAT32) {
+      memcpy(to, (const float *)scale + begin, groups * sizeof(float));
+      return;
+    }
+    const uint16_t *from = (const uint16_t *)scale + begin;
+    const bool is_float16 = scale_type == FLOAT16;
+#pragma omp simd
+    for (int64_t i = 0; i < groups; i++) {
+      // The bits of a float16, exponent and all, moved to where a float32 has them, are 2^-112 times its value.
+      uint32_t word = is_float16 ? (uint32_t)(from[i] & 0x7fff) << 13 : (uint32_t)from[i] << 16;
+      float value;
+      memcpy(&value, &word, sizeof(value));
+      if (is_float16) value = std::copysign(value * 0x1p112f, from[i] & 0x8000 ? -1.0f : 1.0f);
+      to[i] = value;
+    }
+  }
+};
+
+int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+template <class T>
+struct Buffer {
+  T *data;
+  explicit Buffer(int64_t n) : data((T *)aligned_alloc(64, round_up(n * sizeof(T) + 64, 64))) {
+    if (!data) throw std::bad_alloc();
+  }
+  ~Buffer() { free(data); }
+  Buffer(const Buffer &) = delete;
+  operator T *() const { return data; }
+};
+
+// A part for each thread. Allocated before they start: what one of them throws would end the process.
+template <class T>
+struct Scratch : Buffer<T> {
+  int64_t size;
+  Scratch(int threads, int64_t n) : Buffer<T>(threads * round_up(n, 64)), size(round_up(n, 64)) {}
+  T *mine() const {
+#if defined(_OPENMP)
+    return this->data + omp_get_thread_num() * size;
+#else
+    return this->data;
+#endif
+  }
+};
+
+// Quantizes a row; scale[i] is that of columns [i * BLOCK, (i + 1) * BLOCK). NaN and infinity make the scale NaN.
+void quantize_row(const float *x, int64_t columns, int8_t *q, float *scale) {
+  for (int64_t begin = 0; begin < columns; begin += BLOCK) {
+    int64_t n = std::min(BLOCK, columns - begin);
+    float largest = 0, not_finite = 0;
+#pragma omp simd reduction(max : largest) reduction(+ : not_finite)
+    for (int64_t i = begin; i < begin + n; i++) {
+      largest = std::max(largest, std::fabs(x[i]));
+      not_finite += x[i] * 0.0f;
+    }
+    float inverse = largest > 0 && largest < INFINITY ? 127 / largest : 0;
+    if (!(inverse < INFINITY)) inverse = largest = 0;  // so small that 127 / largest overflows
+#pragma omp simd
+    for (int64_t i = begin; i < begin + n; i++) q[i] = (int8_t)(int32_t)std::nearbyint(x[i] * inverse);
+    scale[begin / BLOCK] = largest / 127 + not_finite;
+  }
+}
+
+template <int bits>
+void unpack_row(const int8_t *weight, int64_t columns, int8_t *to) {
+  if (bits == 8) {
+    memcpy(to, weight, columns);
+  } else {
+    for (int64_t i = 0; i < columns / 2; i++) {
+      to[2 * i] = weight[i] >> 4;
+      to[2 * i + 1] = (int8_t)((uint8_t)weight[i] << 4) >> 4;
+    }
+  }
+}
+
+inline void put(float value, float *to) { *to = value; }
+inline void put(float value, uint16_t *to) {  // bfloat16, to the nearest, ties to even; there is no NaN
+  uint32_t word;
+  memcpy(&word, &value, sizeof(word));
+  *to = (word + 0x7fff + ((word >> 16) & 1)) >> 16;
+}
+
+// The weight in float32 or bfloat16, to y.
+template <int bits, class T>
+void dequantize(const Problem &p, T *y) {
+  const Scratch<int8_t> quantized_scratch(p.threads, p.in);
+  const Scratch<float> scale_scratch(p.threads, p.groups);
+#pragma omp parallel num_threads(p.threads)
+  {
+    int8_t *quantized = quantized_scratch.mine();
+    float *scale = scale_scratch.mine();
+#pragma omp for schedule(static)
+    for (int64_t n = 0; n < p.out; n++) {
+      unpack_row<bits>(p.weight + n * p.row_bytes(), p.in, quantized);
+      p.read_scales(n, scale);
+      for (int64_t g = 0; g < p.groups; g++) {
+        T *to = y + n * p.in;
+#pragma omp simd
+        for (int64_t k = g * p.group_size(); k < (g + 1) * p.group_size(); k++) put(quantized[k] * scale[g], to + k);
+      }
+    }
+  }
+}
+
+// f(0), f(1), ... f(n - 1), written out before the compiler decides which arrays can stay in registers: a loop that it
+// unrolls later leaves accumulators in memory, and takes twice as long.
+#define INLINE __attribute__((always_inline))
+template <class F, int... i> inline INLINE void call_each(F f, std::integer_sequence<int, i...>) { (f(i), ...); }
+template <int n, class F> inline INLINE void each(F f) { call_each(f, std::make_integer_sequence<int, n>()); }
+
+// ---- Few rows of activations times weights in half precision: y = x * weight^T, in float32.
+
+#if defined(__AVX512F__) && !defined(CHATGLM_SCALAR)
+constexpr int64_t WIDE = 16;  // numbers in a vector
+#elif defined(__AVX2__) && !defined(CHATGLM_SCALAR)
+constexpr int64_t WIDE = 8;
+#else
+constexpr int64_t WIDE = 4;
+#endif
+typedef float Wide __attribute__((vector_size(4 * WIDE)));  // of GCC and clang, for any instruction set
+typedef uint32_t WideBits __attribute__((vector_size(4 * WIDE)));
+typedef uint16_t Halves __attribute__((vector_size(2 * WIDE)));
+
+template <int type>
+inline INLINE Wide widen(const uint16_t *p) {
+#if defined(__AVX512F__) && !defined(CHATGLM_SCALAR)
+  if (type == FLOAT16) return (Wide)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
+#elif defined(__AVX2__) && defined(__F16C__) && !defined(CHATGLM_SCALAR)
+  if (type == FLOAT16) return (Wide)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
+#endif
+  Halves halves;
+  memcpy(&halves, p, sizeof(halves));
+  const WideBits bits = __builtin_convertvector(halves, WideBits);
+  if (type == BFLOAT16) return (Wide)(bits << 16);
+  // The bits of a float16, exponent and all, moved to where a float32 has them, are 2^-112 times its value.
+  const Wide value = (Wide)((bits & 0x7fff) << 13) * 0x1p112f;
+  const WideBits not_finite = (WideBits)((bits & 0x7c00) == 0x7c00) & 0x7f800000;
+  return (Wide)((WideBits)value | not_finite | (bits & 0x8000) << 16);
+}
+
+// y[m * out + r] = product of R rows of the weight with M rows of activations. U sums of each hide the latency of adding.
+template <int type, int M, int R, int U>
+void half_tile(const float *x, const uint16_t *weight, float *y, int64_t out, int64_t in) {
+  Wide sum[R][M][U] = {};
+  int64_t k = 0;
+  for (; k + U * WIDE <= in; k += U * WIDE)
+    each<U>([&](int u) INLINE {
+      Wide activations[M];
+      each<M>([&](int m) INLINE { memcpy(&activations[m], x + m * in + k + u * WIDE, sizeof(Wide)); });
+      each<R>([&](int r) INLINE {
+        const uint16_t *at = weight + r * in + k + u * WIDE;
+        __builtin_prefetch(at + (R == 1 ? 2048 : R * in));
+        const Wide w = widen<type>(at);
+        each<M>([&](int m) INLINE { sum[r][m][u] += activations[m] * w; });
+      });
+    });
+  for (int m = 0; m < M; m++)
+    for (int r = 0; r < R; r++) {
+      float total = 0;
+      for (int u = 0; u < U; u++)
+        for (int64_t i = 0; i < WIDE; i++) total += sum[r][m][u][i];
+      for (int64_t i = k; i < in; i++) {
+        uint16_t last[WIDE] = {weight[r * in + i]};
+        total += x[m * in + i] * widen<type>(last)[0];
+      }
+      y[m * out + r] = total;
+    }
+}
+
+template <int type>
+void half_linear(const float *x, const uint16_t *weight, float *y, int64_t rows, int64_t out, int64_t in, int threads) {
+  const int64_t together = rows == 1 ? 1 : 2;  // rows of the weight
+#pragma omp parallel for schedule(guided, 64) num_threads(threads)
+  for (int64_t n = 0; n < out; n += together) {
+    const uint16_t *at = weight + n * in;
+    const bool is_pair = together == 2 && n + 1 < out;
+    for (int64_t m = 0, done; m < rows; m += done) {
+      done = is_pair && rows - m >= 4 ? 4 : is_pair && rows - m >= 2 ? 2 : 1;
+      const float *x_m = x + m * in;
+      float *y_m = y + m * out + n;
+      if (done == 4) half_tile<type, 4, 2, 1>(x_m, at, y_m, out, in);
+      if (done == 2) half_tile<type, 2, 2, 1>(x_m, at, y_m, out, in);
+      if (done == 1) half_tile<type, 1, 1, 4>(x_m, at, y_m, out, in);
+      if (done == 1 && is_pair) half_tile<type, 1, 1, 4>(x_m, at + in, y_m + 1, out, in);
+    }
+  }
+}
+
+// ---- Attention of one token, whose query heads share few key-value heads. The lanes are query heads, so that each number of
+// a key or a value is read once for all of them. (Online softmax, by parts: Dao et al. 2022, arXiv 2205.14135.)
+
+constexpr int64_t KEYS = 64;       // taken together: they and their values stay in the cache
+constexpr int64_t PART = 16 * KEYS;  // of a thread
+constexpr int64_t MOST_COLUMNS = 256;
+
+inline INLINE Wide largest(Wide a, Wide b) { return a > b ? a : b; }
+
+// e^x for x <= 0, to 2 units in the last place. x = n ln 2 + r; the polynomial is the Taylor series of e^r.
+inline INLINE Wide exponential(Wide x) {
+  x = largest(x, Wide{} - 87.0f);
+  const Wide shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: rounds to an integer, n, in the lowest bits
+  const Wide n = shifted - 12582912.0f;
+  const Wide r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  Wide p = r * (1 / 720.0f) + 1 / 120.0f;
+  p = p * r + 1 / 24.0f;
+  p = p * r + 1 / 6.0f;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  return (Wide)((WideBits)p + ((WideBits)shifted << 23));
+}
+
+struct Attention {
+  const float *query;       // [kv_heads, heads, columns], scaled
+  const void *key, *value;  // [kv_heads, length, columns]
+  float *y;                 // [kv_heads, heads, columns]
+  int64_t kv_heads, heads, length, columns;
+  int64_t head_stride, stride;  // of key and value, in numbers
+  int threads;
+};
+
+// What is known of some keys: for each of WIDE heads the largest score, the sum of e^(score - largest), and the sum of the
+// values so weighted.
+struct Softmax {
+  Wide largest, sum, values[MOST_COLUMNS];
+};
+
+template <int type>
+inline INLINE const float *as_float32(const void *from, int64_t n, int64_t stride, int64_t columns, float *scratch) {
+  if (type == FLOAT32 && stride == columns) return (const float *)from;
+  for (int64_t i = 0; i < n; i++)
+    for (int64_t k = 0; k < columns; k += WIDE) {
+      Wide numbers;
+      if (type == FLOAT32)
+        memcpy(&numbers, (const float *)from + i * stride + k, sizeof(numbers));
+      else
+        numbers = widen<type>((const uint16_t *)from + i * stride + k);
+      memcpy(scratch + i * columns + k, &numbers, sizeof(numbers));
+    }
+  return scratch;
+}
+
+template <int N>
+inline INLINE void scores(const Wide *query, const float *key, int64_t columns, Wide *to) {
+  Wide sum[N] = {};
+  for (int64_t k = 0; k < columns; k++)
+    each<N>([&](int i) INLINE { sum[i] += query[k] * key[i * columns + k]; });
+  each<N>([&](int i) INLINE { to[i] = sum[i]; });
+}
+
+// Adds n keys, at most KEYS, to what is known.
+inline void add_keys(const Wide *query, const float *key, const float *value, int64_t n, int64_t columns, Softmax *known) {
+  Wide score[KEYS], largest_score = known->largest;
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    for (int64_t k = 0; k < 8 * columns; k += 16) {
+      __builtin_prefetch(value + i * columns + k);
+      __builtin_prefetch(key + (i + 8) * columns + k);
+    }
+    scores<8>(query, key + i * columns, columns, score + i);
+  }
+  for (; i < n; i++) scores<1>(query, key + i * columns, columns, score + i);
+  for (i = 0; i < n; i++) largest_score = largest(largest_score, score[i]);
+  const Wide shrink = exponential(known->largest - largest_score);
+  Wide sum = known->sum * shrink;
+  for (i = 0; i < n; i++) {
+    sum += 0.0f * score[i];  // NaN, if it is not finite
+    score[i] = exponential(score[i] - largest_score);
+    sum += score[i];
+  }
+  known->largest = largest_score;
+  known->sum = sum;
+  constexpr int TOGETHER = 16;
+  for (int64_t k = 0; k < columns; k += TOGETHER) {
+    Wide total[TOGETHER];
+    each<TOGETHER>([&](int c) INLINE { total[c] = known->values[k + c] * shrink; });
+    for (i = 0; i < n; i++)
+      each<TOGETHER>([&](int c) INLINE { total[c] += score[i] * value[i * columns + k + c]; });
+    each<TOGETHER>([&](int c) INLINE { known->values[k + c] = total[c]; });
+  }
+}
+
+template <int type>
+void attention(const Attention &a) {
+  const int64_t parts = (a.length + PART - 1) / PART, blocks = (a.heads + WIDE - 1) / WIDE, size = type == FLOAT32 ? 4 : 2;
+  Buffer<Softmax> known(a.kv_heads * blocks * parts);
+  const Scratch<float> scratch(a.threads, 2 * KEYS * a.columns);
+#pragma omp parallel for collapse(2) schedule(dynamic, 1) num_threads(a.threads)
+  for (int64_t h = 0; h < a.kv_heads; h++)
+    for (int64_t part = 0; part < parts; part++) {
+      Wide query[MOST_COLUMNS];
+      for (int64_t block = 0; block < blocks; block++) {
+        Softmax *mine = known + (h * blocks + block) * parts + part;
+        mine->largest = Wide{} - INFINITY;
+        mine->sum = Wide{};
+        for (int64_t k = 0; k < a.columns; k++) {
+          mine->values[k] = Wide{};
+          for (int64_t lane = 0; lane < WIDE; lane++) {
+            const int64_t head = std::min(block * WIDE + lane, a.heads - 1);
+            query[k][lane] = a.query[(h * a.heads + head) * a.columns + k];
+          }
+        }
+        const int64_t end = std::min((part + 1) * PART, a.length);
+        for (int64_t i = part * PART; i < end; i += KEYS) {
+          const int64_t n = std::min(KEYS, end - i), offset = (h * a.head_stride + i * a.stride) * size;
+          float *keys = scratch.mine(), *values = keys + KEYS * a.columns;
+          add_keys(query, as_float32<type>((const char *)a.key + offset, n, a.stride, a.columns, keys),
+                   as_float32<type>((const char *)a.value + offset, n, a.stride, a.columns, values), n, a.columns, mine);
+        }
+      }
+    }
+  for (int64_t i = 0; i < a.kv_heads * blocks; i++) {
+    const Softmax *of = known + i * parts;
+    Wide most = of[0].largest;
+    for (int64_t part = 1; part < parts; part++) most = largest(most, of[part].largest);
+    Wide sum = {}, weight[1] = {};
+    Softmax total = {};
+    for (int64_t part = 0; part < parts; part++) {
+      weight[0] = exponential(of[part].largest - most);
+      sum += of[part].sum * weight[0];
+      for (int64_t k = 0; k < a.columns; k++) total.values[k] += of[part].values[k] * weight[0];
+    }
+    const int64_t h = i / blocks, first = i % blocks * WIDE;
+    for (int64_t lane = 0; lane < WIDE && first + lane < a.heads; lane++)
+      for (int64_t k = 0; k < a.columns; k++)
+        a.y[(h * a.heads + first + lane) * a.columns + k] = total.values[k][lane] / sum[lane];
+  }
+}
+
+// What the instruction set has to offer: vectors of `lanes` 32-bit numbers, and the product of bytes, four to a lane.
+
+#if defined(__AVX512BW__) && defined(__AVX512VNNI__) && !defined(CHATGLM_SCALAR)
+#define CHATGLM_VECTORS
+typedef __m512i Ints;
+typedef __m512 Floats;
+constexpr int TILE_ROWS = 4, TILE_VECTORS = 3;  // two accumulators for each, all in registers
+constexpr int STEPS = 8;  // of a block, written out
+inline Ints load(const void *p) { return _mm512_loadu_si512(p); }
+inline void store(void *p, Ints v) { _mm512_storeu_si512(p, v); }
+inline Floats load_floats(const float *p) { return _mm512_loadu_ps(p); }
+inline void store_floats(float *p, Floats v) { _mm512_storeu_ps(p, v); }
+inline Ints repeat(int32_t v) { return _mm512_set1_epi32(v); }
+inline Floats repeat_float(float v) { return _mm512_set1_ps(v); }
+// (v ^ 8) & 15 in each byte: INT4 with 8 added, from the low and the high half
+inline Ints low_half(Ints v) { return _mm512_ternarylogic_epi32(v, repeat(0x08080808), repeat(0x0f0f0f0f), 0x28); }
+inline Ints high_half(Ints v) { return low_half(_mm512_srli_epi16(v, 4)); }
+inline Ints whole_byte(Ints v) { return _mm512_xor_si512(v, repeat((int32_t)0x80808080)); }
+template <int bits> inline Ints dot(Ints sum, Ints weight, Ints x) { return _mm512_dpbusd_epi32(sum, weight, x); }
+constexpr int offset(int bits) { return bits == 4 ? 8 : 128; }
+inline Floats to_floats(Ints v) { return _mm512_cvtepi32_ps(v); }
+inline Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+inline float total(Floats v) { return _mm512_reduce_add_ps(v); }
+// Four numbers, as `lanes` says which to each lane
+inline Floats pick(const float *p, Ints lanes) {
+  return _mm512_permutexvar_ps(lanes, _mm512_broadcast_f32x4(_mm_loadu_ps(p)));
+}
+inline Ints gather(const int8_t *p, Ints offsets) { return _mm512_i32gather_epi32(offsets, p, 1); }
+
+#elif defined(__AVX2__) && defined(__FMA__) && !defined(CHATGLM_SCALAR)
+#define CHATGLM_VECTORS
+typedef __m256i Ints;
+typedef __m256 Floats;
+constexpr int TILE_ROWS = 4, TILE_VECTORS = 2;
+#if defined(__AVXVNNI__)
+constexpr int STEPS = 8;
+#else
+constexpr int STEPS = 1;
+#endif
+inline Ints load(const void *p) { return _mm256_loadu_si256((const Ints *)p); }
+inline void store(void *p, Ints v) { _mm256_storeu_si256((Ints *)p, v); }
+inline Floats load_floats(const float *p) { return _mm256_loadu_ps(p); }
+inline void store_floats(float *p, Floats v) { _mm256_storeu_ps(p, v); }
+inline Ints repeat(int32_t v) { return _mm256_set1_epi32(v); }
+inline Floats repeat_float(float v) { return _mm256_set1_ps(v); }
+inline Ints low_half(Ints v) {
+  return _mm256_and_si256(_mm256_xor_si256(v, repeat(0x08080808)), repeat(0x0f0f0f0f));
+}
+inline Ints high_half(Ints v) { return low_half(_mm256_srli_epi16(v, 4)); }
+#if defined(__AVXVNNI__)
+inline Ints whole_byte(Ints v) { return _mm256_xor_si256(v, repeat((int32_t)0x80808080)); }
+template <int bits> inline Ints dot(Ints sum, Ints weight, Ints x) { return _mm256_dpbusd_avx_epi32(sum, weight, x); }
+constexpr int offset(int bits) { return bits == 4 ? 8 : 128; }
+#else
+inline Ints whole_byte(Ints v) { return v; }
+template <int bits> inline Ints dot(Ints sum, Ints weight, Ints x) {
+  // Pairs are summed in 16 bits, which 255 * 127 * 2 would not fit: INT8 keeps its sign and gives it to x instead.
+  Ints pairs = bits == 4 ? _mm256_maddubs_epi16(weight, x)
+                         : _mm256_maddubs_epi16(_mm256_abs_epi8(weight), _mm256_sign_epi8(x, weight));
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+constexpr int offset(int bits) { return bits == 4 ? 8 : 0; }
+#endif
+inline Floats to_floats(Ints v) { return _mm256_cvtepi32_ps(v); }
+inline Floats multiply(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
+inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+inline float total(Floats v) {
+  __m128 sum = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+  return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
+}
+inline Floats pick(const float *p, Ints lanes) {
+  return _mm256_permutevar8x32_ps(_mm256_broadcast_ps((const __m128 *)p), lanes);
+}
+inline Ints gather(const int8_t *p, Ints offsets) { return _mm256_i32gather_epi32((const int *)p, offsets, 1); }
+#endif
+
+#if defined(CHATGLM_VECTORS)
+
+constexpr int64_t VECTOR = sizeof(Ints), LANES = VECTOR / 4;
+
+// ---- Few rows: memory is the limit. The weight is read once, each thread's part as one long stream: several short ones
+// in turn are slower. With X_ROWS rows of activations the cache's bandwidth counts too, and a tile has several rows of both.
+
+// A row of activations in the order in which unpacking leaves the weights. Each vector of INT4 holds 2 * VECTOR columns:
+// the even ones, then the odd ones. The lanes of a product sum neighbouring columns, which share a scale.
+struct FewRow {
+  const int8_t *q;
+  const float *scale;       // of each block
+  const float *correction;  // what `offset` adds to the products of each group of columns, negated
+};
+
+template <int bits>
+struct FewRowsLinear {
+  static constexpr int64_t COLUMNS = VECTOR * 8 / bits;  // in a vector of weights
+  static constexpr int64_t LANE_COLUMNS = COLUMNS / LANES;
+  static constexpr int X_ROWS = 4, WEIGHT_ROWS = 4;  // of the largest tile
+  static constexpr int64_t AHEAD = 4096;  // bytes, to prefetch
+
+  static void arrange(const int8_t *q, const float *scale, int64_t vectors, int64_t group_size, int8_t *to,
+                      float *correction) {
+    for (int64_t b = 0; b < vectors * COLUMNS / BLOCK; b++) {
+      int32_t sum = 0;
+      for (int64_t i = b * BLOCK; i < (b + 1) * BLOCK; i++) sum += q[i];
+      correction[b * BLOCK / group_size] -= offset(bits) * sum * scale[b];
+    }
+    if (bits == 8) {
+      memcpy(to, q, vectors * COLUMNS);
+      return;
+    }
+    for (int64_t v = 0; v < vectors; v++)
+      for (int64_t i = 0; i < VECTOR; i++) {
+        to[v * COLUMNS + i] = q[v * COLUMNS + 2 * i];
+        to[v * COLUMNS + VECTOR + i] = q[v * COLUMNS + 2 * i + 1];
+      }
+  }
+
+  struct Scales {
+    const float *of_row;  // of the weight, `stride` to the next row
+    int64_t stride;
+    Ints block_of_lane, group_of_lane;
+  };
+
+  // y[m * p.out + r] = product of R rows of the weight with M rows of activations
+  template <int M, int R, bool grouped>
+  static void tile(const Problem &p, const int8_t *weight, const Scales &scales, const FewRow *x, float *y) {
+    const int64_t bytes = p.row_bytes(), full = bytes / VECTOR;
+    Floats sum[R][M];
+    for (auto &row : sum)
+      for (auto &element : row) element = repeat_float(0);
+    auto step = [&](const int8_t *at, int64_t stride, int64_t v) INLINE {
+      each<R>([&](int r) INLINE {
+        const Ints packed = load(at + r * stride);
+        const Ints first = bits == 4 ? high_half(packed) : whole_byte(packed), second = low_half(packed);
+        const Floats group_scale =
+            grouped ? pick(scales.of_row + r * scales.stride + v * COLUMNS / p.group_size(), scales.group_of_lane)
+                    : repeat_float(1);
+        each<M>([&](int m) INLINE {
+          Ints product = dot<bits>(repeat(0), first, load(x[m].q + v * COLUMNS));
+          if (bits == 4) product = dot<bits>(product, second, load(x[m].q + v * COLUMNS + VECTOR));
+          Floats s = pick(x[m].scale + v * COLUMNS / BLOCK, scales.block_of_lane);
+          if (grouped) s = multiply(s, group_scale);
+          sum[r][m] = multiply_add(to_floats(product), s, sum[r][m]);
+        });
+      });
+    };
+#pragma GCC unroll 2
+    for (int64_t v = 0; v < full; v++) {
+      const int8_t *at = weight + v * VECTOR;
+      // One row is a stream that goes on. Of several rows it is the same place in the next ones, a jump.
+      for (int r = 0; r < R; r++) __builtin_prefetch(at + r * bytes + (R == 1 ? AHEAD : R * bytes));
+      step(at, bytes, v);
+    }
+    if (full * VECTOR < bytes) {
+      int8_t rest[R][VECTOR] = {};
+      for (int r = 0; r < R; r++) memcpy(rest[r], weight + r * bytes + full * VECTOR, bytes - full * VECTOR);
+      step(rest[0], VECTOR, full);
+    }
+    for (int m = 0; m < M; m++)
+      for (int r = 0; r < R; r++) {
+        const float *scale = scales.of_row + r * scales.stride;
+        float corrected = total(sum[r][m]);
+        if (grouped) {
+#pragma omp simd reduction(+ : corrected)
+          for (int64_t g = 0; g < p.groups; g++) corrected += scale[g] * x[m].correction[g];
+        } else {
+          corrected = (corrected + x[m].correction[0]) * scale[0];
+        }
+        y[m * p.out + r] = corrected;
+      }
+  }
+
+  template <bool grouped>
+  static void run(const Problem &p) {
+    const int64_t padded = round_up(p.in, PADDING), vectors = padded / COLUMNS;
+    const int64_t scales = p.groups + 4, blocks = padded / BLOCK + 4;  // `pick` reads four
+    Buffer<int8_t> q(p.rows * padded);
+    Buffer<float> block_scale(p.rows * blocks), correction(p.rows * scales);
+    const Scratch<int8_t> natural_scratch(p.threads, padded);
+    const Scratch<float> scale_scratch(p.threads, WEIGHT_ROWS * scales);
+    FewRow x[FEW_ROWS];
+    int32_t block_of[LANES], group_of[LANES];
+    for (int64_t lane = 0; lane < LANES; lane++) {
+      block_of[lane] = lane * LANE_COLUMNS / BLOCK;
+      group_of[lane] = lane * LANE_COLUMNS / p.group_size();
+    }
+    const Ints block_of_lane = load(block_of), group_of_lane = load(group_of);
+#pragma omp parallel num_threads(p.threads)
+    {
+      int8_t *natural = natural_scratch.mine();
+      float *scale = scale_scratch.mine();
+      memset(natural, 0, padded);
+      memset(scale, 0, WEIGHT_ROWS * scales * sizeof(float));
+#pragma omp for schedule(static)
+      for (int64_t m = 0; m < p.rows; m++) {
+        x[m] = {q + m * padded, block_scale + m * blocks, correction + m * scales};
+        memset(block_scale + m * blocks, 0, blocks * sizeof(float));
+        memset(correction + m * scales, 0, scales * sizeof(float));
+        quantize_row(p.x + m * p.in, p.in, natural, block_scale + m * blocks);
+        arrange(natural, block_scale + m * blocks, vectors, p.group_size(), q + m * padded, correction + m * scales);
+      }
+      const int64_t together = p.rows < X_ROWS ? 1 : WEIGHT_ROWS;
+#pragma omp for schedule(guided, 64)
+      for (int64_t n = 0; n < p.out; n += together) {
+        const int64_t count = std::min(together, p.out - n);
+        for (int64_t r = 0; r < count; r++) p.read_scales(n + r, scale + r * scales);
+        for (int64_t m = 0, done; m < p.rows; m += done) {
+          const int64_t left = p.rows - m;
+          done = count == WEIGHT_ROWS && left >= X_ROWS ? X_ROWS : left >= 2 ? 2 : 1;
+          for (int64_t r = 0; r < count; r += done == X_ROWS ? count : 1) {
+            const int8_t *weight = p.weight + (n + r) * p.row_bytes();
+            const Scales s = {scale + r * scales, scales, block_of_lane, group_of_lane};
+            float *y = p.y + m * p.out + n + r;
+            if (done == X_ROWS) tile<X_ROWS, WEIGHT_ROWS, grouped>(p, weight, s, x + m, y);
+            if (done == 2) tile<2, 1, grouped>(p, weight, s, x + m, y);
+            if (done == 1) tile<1, 1, grouped>(p, weight, s, x + m, y);
+          }
+        }
+      }
+    }
+  }
+};
+
+// ---- Many rows: arithmetic is the limit. A panel of the weight is unpacked and transposed, so that the lanes are its
+// rows, and stays in the cache while all activations pass by, a tile of accumulators in registers at a time.
+
+template <int bits>
+struct ManyRowsLinear {
+  static constexpr int64_t PANEL = TILE_VECTORS * LANES;  // rows of the weight
+  static constexpr int64_t DEPTH = 2048;                  // columns unpacked at a time
+
+  struct Activations {
+    int8_t *q;       // [rows, columns]; for INT4, of each 8 columns first the even ones, then the odd ones
+    float *scale;    // [rows, blocks]
+    int32_t *start;  // [rows, blocks], -offset * sum of q
+    int64_t columns, blocks;
+  };
+
+  static void quantize(const Problem &p, int64_t m, const Activations &x) {
+    int8_t *q = x.q + m * x.columns;
+    float *scale = x.scale + m * x.blocks;
+    memset(q, 0, x.columns);
+    memset(scale, 0, x.blocks * sizeof(float));
+    if (m < p.rows) quantize_row(p.x + m * p.in, p.in, q, scale);
+    for (int64_t b = 0; b < x.blocks; b++) {
+      int32_t sum = 0;
+      for (int64_t i = 0; i < BLOCK; i++) sum += q[b * BLOCK + i];
+      x.start[m * x.blocks + b] = -offset(bits) * sum;
+    }
+    if (bits == 4)
+      for (int64_t i = 0; i < x.columns; i += 8) {
+        int8_t even_odd[8];
+        for (int j = 0; j < 4; j++) {
+          even_odd[j] = q[i + 2 * j];
+          even_odd[4 + j] = q[i + 2 * j + 1];
+        }
+        memcpy(q + i, even_odd, 8);
+      }
+  }
+
+  // Columns [begin, begin + columns) of `count` rows, as [columns / 4][PANEL][4]; beyond the matrix anything will do for
+  // rows, as they are not written, and for columns, as activations are zero there.
+  static void unpack(const Problem &p, int64_t row, int64_t count, int64_t begin, int64_t columns, uint8_t *to) {
+    const int64_t bytes = p.row_bytes();
+    const int64_t available = (std::min(begin + columns, p.in) - begin) * bits / 8, wanted = columns * bits / 8;
+    for (int64_t r = 0; r < TILE_VECTORS; r++) {
+      const int8_t *from[LANES];
+      int32_t offsets[LANES];
+      for (int64_t lane = 0; lane < LANES; lane++) {
+        int64_t n = std::min(r * LANES + lane, count - 1);
+        from[lane] = p.weight + (row + n) * bytes + begin * bits / 8;
+        offsets[lane] = (int32_t)(from[lane] - from[0]);
+      }
+      const Ints lanes = load(offsets);
+      for (int64_t k = 0; k < wanted; k += 4) {
+        Ints packed;
+        if (k + 4 <= available) {
+          packed = gather(from[0] + k, lanes);
+        } else {
+          int8_t rest[VECTOR] = {};
+          for (int64_t lane = 0; lane < LANES && k < available; lane++)
+            memcpy(rest + 4 * lane, from[lane] + k, available - k);
+          packed = load(rest);
+        }
+        if (bits == 8) {
+          store(to + (k / 4 * TILE_VECTORS + r) * VECTOR, whole_byte(packed));
+        } else {
+          store(to + (k / 2 * TILE_VECTORS + r) * VECTOR, high_half(packed));
+          store(to + ((k / 2 + 1) * TILE_VECTORS + r) * VECTOR, low_half(packed));
+        }
+      }
+    }
+  }
+
+  // sum[TILE_ROWS, PANEL] += activations from row m on * a panel, over `blocks` blocks
+  template <bool grouped>
+  static void tile(const Activations &x, int64_t m, int64_t first_block, int64_t blocks, const uint8_t *panel,
+                   const float *scale, int64_t blocks_in_group, float *sum) {
+    Floats total[TILE_ROWS][TILE_VECTORS];
+    each<TILE_ROWS>([&](int i) INLINE {
+      each<TILE_VECTORS>([&](int r) INLINE { total[i][r] = load_floats(sum + i * PANEL + r * LANES); });
+    });
+    for (int64_t b = 0; b < blocks; b++) {
+      const int64_t block = first_block + b;
+      Ints product[TILE_ROWS][TILE_VECTORS];
+      each<TILE_ROWS>([&](int i) INLINE {
+        const Ints start = repeat(x.start[(m + i) * x.blocks + block]);
+        each<TILE_VECTORS>([&](int r) INLINE { product[i][r] = start; });
+      });
+      const int8_t *q = x.q + m * x.columns + block * BLOCK;
+      const uint8_t *weights = panel + b * BLOCK * PANEL;
+      for (int64_t k = 0; k < BLOCK; k += 4 * STEPS)
+        each<STEPS>([&](int s) INLINE {
+          Ints weight[TILE_VECTORS];
+          each<TILE_VECTORS>([&](int r) INLINE { weight[r] = load(weights + (k + 4 * s) * PANEL + r * VECTOR); });
+          each<TILE_ROWS>([&](int i) INLINE {
+            int32_t four;
+            memcpy(&four, q + i * x.columns + k + 4 * s, 4);
+            const Ints activations = repeat(four);
+            each<TILE_VECTORS>([&](int r) INLINE { product[i][r] = dot<bits>(product[i][r], weight[r], activations); });
+          });
+        });
+      const float *group_scale = scale + b / blocks_in_group * PANEL;
+      each<TILE_ROWS>([&](int i) INLINE {
+        const Floats s = repeat_float(x.scale[(m + i) * x.blocks + block]);
+        each<TILE_VECTORS>([&](int r) INLINE {
+          const Floats both = grouped ? multiply(s, load_floats(group_scale + r * LANES)) : s;
+          total[i][r] = multiply_add(to_floats(product[i][r]), both, total[i][r]);
+        });
+      });
+    }
+    each<TILE_ROWS>([&](int i) INLINE {
+      each<TILE_VECTORS>([&](int r) INLINE { store_floats(sum + i * PANEL + r * LANES, total[i][r]); });
+    });
+  }
+
+  template <bool grouped>
+  static void run(const Problem &p) {
+    const int64_t columns = round_up(p.in, PADDING), blocks = columns / BLOCK, rows = round_up(p.rows, TILE_ROWS);
+    Buffer<int8_t> q(rows * columns);
+    Buffer<float> x_scale(rows * blocks);
+    Buffer<int32_t> start(rows * blocks);
+    const Activations x = {q, x_scale, start, columns, blocks};
+    const int64_t groups_in_depth = grouped ? DEPTH / p.group_size() : 1;
+    const Scratch<uint8_t> panel_scratch(p.threads, PANEL * DEPTH);
+    const Scratch<float> sum_scratch(p.threads, rows * PANEL), scale_scratch(p.threads, PANEL * p.groups);
+    const Scratch<float> panel_scale_scratch(p.threads, PANEL * groups_in_depth);
+#pragma omp parallel num_threads(p.threads)
+    {
+#pragma omp for schedule(static)
+      for (int64_t m = 0; m < rows; m++) quantize(p, m, x);
+
+      uint8_t *panel = panel_scratch.mine();
+      float *sum = sum_scratch.mine(), *scale = scale_scratch.mine(), *panel_scale = panel_scale_scratch.mine();
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t n = 0; n < p.out; n += PANEL) {
+        const int64_t count = std::min(PANEL, p.out - n);
+        memset(sum, 0, rows * PANEL * sizeof(float));
+        for (int64_t r = 0; r < PANEL; r++) p.read_scales(n + std::min(r, count - 1), scale + r * p.groups);
+        for (int64_t begin = 0; begin < columns; begin += DEPTH) {
+          const int64_t depth = std::min(DEPTH, columns - begin);
+          unpack(p, n, count, begin, depth, panel);
+          for (int64_t g = 0; grouped && g < groups_in_depth; g++)
+            for (int64_t r = 0; r < PANEL; r++) {
+              int64_t group = std::min(begin / p.group_size() + g, p.groups - 1);
+              panel_scale[g * PANEL + r] = scale[r * p.groups + group];
+            }
+          for (int64_t m = 0; m < rows; m += TILE_ROWS)
+            tile<grouped>(x, m, begin / BLOCK, depth / BLOCK, panel, panel_scale, p.group_size() / BLOCK + !grouped,
+                          sum + m * PANEL);
+        }
+        for (int64_t m = 0; m < p.rows; m++)
+          for (int64_t r = 0; r < count; r++)
+            p.y[m * p.out + n + r] = sum[m * PANEL + r] * (grouped ? 1 : scale[r]);
+      }
+    }
+  }
+};
+
+template <int bits>
+void linear(const Problem &p) {
+  if (p.rows <= FEW_ROWS) {
+    p.groups > 1 ? FewRowsLinear<bits>::template run<true>(p) : FewRowsLinear<bits>::template run<false>(p);
+  } else {
+    p.groups > 1 ? ManyRowsLinear<bits>::template run<true>(p) : ManyRowsLinear<bits>::template run<false>(p);
+  }
+}
+
+#else  // Loops that compilers turn into what vector instructions there are.
+
+template <int bits>
+void linear(const Problem &p) {
+  const int64_t blocks = (p.in + BLOCK - 1) / BLOCK;
+  Buffer<int8_t> x(p.rows * p.in);
+  Buffer<float> x_scale(p.rows * blocks);
+  const Scratch<int8_t> weight_scratch(p.threads, p.in);
+  const Scratch<float> scale_scratch(p.threads, p.groups);
+#pragma omp parallel num_threads(p.threads)
+  {
+#pragma omp for schedule(static)
+    for (int64_t m = 0; m < p.rows; m++) quantize_row(p.x + m * p.in, p.in, x + m * p.in, x_scale + m * blocks);
+
+    int8_t *weight = weight_scratch.mine();
+    float *scale = scale_scratch.mine();
+#pragma omp for schedule(dynamic, 64)
+    for (int64_t n = 0; n < p.out; n++) {
+      unpack_row<bits>(p.weight + n * p.row_bytes(), p.in, weight);
+      p.read_scales(n, scale);
+      for (int64_t m = 0; m < p.rows; m++) {
+        float total = 0;
+        for (int64_t b = 0; b < blocks; b++) {
+          int32_t sum = 0;
+          const int64_t end = std::min((b + 1) * BLOCK, p.in);
+          for (int64_t k = b * BLOCK; k < end; k++) sum += (int32_t)x[m * p.in + k] * weight[k];
+          total += sum * x_scale[m * blocks + b] * scale[b * BLOCK / p.group_size()];
+        }
+        p.y[m * p.out + n] = total;
+      }
+    }
+  }
+}
+
+#endif
+
+}  // namespace
+
+// Both return 0, or 1 if there is not enough memory. Groups are multiples of 32 columns; `in` is even for INT4.
+extern "C" int chatglm_linear(const float *x, const int8_t *weight, const void *scale, int scale_type, float *y,
+                              int64_t rows, int64_t out, int64_t in, int64_t groups, int bits, int threads) {
+  const Problem p = {x, weight, scale, scale_type, y, rows, out, in, groups, bits, threads};
+  try {
+    bits == 4 ? linear<4>(p) : linear<8>(p);
+  } catch (const std::bad_alloc &) {
+    return 1;
+  }
+  return 0;
+}
+
+// The weight is in float16 or bfloat16.
+extern "C" void chatglm_half_linear(const float *x, const uint16_t *weight, int type, float *y, int64_t rows, int64_t out,
+                                    int64_t in, int threads) {
+  if (type == FLOAT16)
+    half_linear<FLOAT16>(x, weight, y, rows, out, in, threads);
+  else
+    half_linear<BFLOAT16>(x, weight, y, rows, out, in, threads);
+}
+
+// Returns 1 if there is not enough memory. `columns` is a multiple of 16, at most 256.
+extern "C" int chatglm_attention(const float *query, const void *key, const void *value, int type, float *y,
+                                 int64_t kv_heads, int64_t heads, int64_t length, int64_t columns, int64_t head_stride,
+                                 int64_t stride, int threads) {
+  const Attention a = {query, key, value, y, kv_heads, heads, length, columns, head_stride, stride, threads};
+  try {
+    if (type == FLOAT32) attention<FLOAT32>(a);
+    if (type == FLOAT16) attention<FLOAT16>(a);
+    if (type == BFLOAT16) attention<BFLOAT16>(a);
+  } catch (const std::bad_alloc &) {
+    return 1;
+  }
+  return 0;
+}
+
+extern "C" int chatglm_dequantize(const int8_t *weight, const void *scale, int scale_type, void *y, int y_type,
+                                  int64_t out, int64_t in, int64_t groups, int bits, int threads) {
+  const Problem p = {nullptr, weight, scale, scale_type, nullptr, 0, out, in, groups, bits, threads};
+  try {
+    if (y_type == FLOAT32)
+      bits == 4 ? dequantize<4>(p, (float *)y) : dequantize<8>(p, (float *)y);
+    else
+      bits == 4 ? dequantize<4>(p, (uint16_t *)y) : dequantize<8>(p, (uint16_t *)y);
+  } catch (const std::bad_alloc &) {
+    return 1;
+  }
+  return 0;
+}
+"""
