@@ -22,8 +22,9 @@ from trl import TrlParser
 
 from common.files import only_run
 from conftest import ROOT, SMALL, TINY
-from training import lora, options, predict, pretrain, ptuning, sft
+from training import lora, options, precision, predict, pretrain, ptuning, sft
 from training.data import DataArguments, collator, encode_dialogue, encode_response
+from training.muon import MuonWithAdamW
 from training.objective import MixedObjective
 from training.trainer import RecipeTrainer, last_checkpoint
 
@@ -485,6 +486,76 @@ def test_gradient_checkpointing_and_bfloat16(start, data, tmp_path):
     assert saving == pytest.approx(plain, rel=1e-4)
     short = losses(run(sft, start, data, tmp_path / "c", "--bf16"))
     assert short == pytest.approx(plain, rel=5e-2)
+
+
+def test_bf16_is_chosen_by_measuring_and_kept(start, data, tmp_path, monkeypatch, logs):
+    """On a CPU; a run that is resumed keeps what was chosen, whatever is measured then."""
+    measured = []
+    monkeypatch.setattr(precision, "NARROW", 1)
+    monkeypatch.setattr(precision, "step_time", lambda layer, bf16: measured.append(layer) or (1.0 if bf16 else 2.0))
+    run(sft, start, data, tmp_path / "a", "--max_steps", "4")
+    settings = json.loads((tmp_path / "a/settings.json").read_text())["training"]
+    assert settings["bf16"] is True and "faster on this CPU" in logs.text
+    assert len(measured) == 2 and measured[0].out_features == 8064  # the output layer
+    monkeypatch.setattr(precision, "step_time", lambda layer, bf16: 1.0)
+    assert len(run(sft, start, data, tmp_path / "a", "--max_steps", "4")) == 4
+    run(sft, start, data, tmp_path / "b", "--max_steps", "1")
+    assert json.loads((tmp_path / "b/settings.json").read_text())["training"]["bf16"] is False
+    run(lora, start, data, tmp_path / "c", "--max_steps", "1", "--quantization_bit", "8")
+    assert json.loads((tmp_path / "c/settings.json").read_text())["training"]["bf16"] is False
+
+
+def test_layers_are_measured_without_changing_them():
+    layer = torch.nn.Linear(8, 16)
+    layer.weight.requires_grad_(False)
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    assert min(precision.step_time(layer, True), precision.step_time(layer, False)) > 0
+    assert layer.weight.grad is layer.bias.grad is None and torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch before 2.9")
+def test_muon_is_resumed_exactly_and_schedules_both_parts(start, data, tmp_path, monkeypatch):
+    options = ("--muon", "--lr_scheduler_type", "linear", "--weight_decay", "0.1")
+    expected = run(sft, start, data, tmp_path / "a", *options)
+    assert losses(expected)[-1] < losses(expected)[0]
+    step, steps = RecipeTrainer.training_step, []
+
+    def interrupted(self, *args, **kwargs):
+        steps.append(1)
+        if len(steps) == 5:
+            raise KeyboardInterrupt
+        rates = {group["lr"] for group in self.optimizer.param_groups}
+        assert len(rates) == 1 and len(self.optimizer.param_groups) == 3
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RecipeTrainer, "training_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(sft, start, data, tmp_path / "b", *options)
+    assert losses(run(sft, start, data, tmp_path / "b", *options)) == losses(expected)
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch before 2.9")
+def test_muon_takes_the_matrices_of_the_layers(small_model):
+    model = small_model(add_bias_linear=True)
+    optimizer = MuonWithAdamW(model, 1e-3, 0.1)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+    kinds = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
+    assert len(groups[0]) == 8 and all(name.split(".")[-2] in kinds for name in groups[0])
+    assert groups[1] == ["transformer.embedding.word_embeddings.weight", "transformer.output_layer.weight"]
+    assert sum(map(len, groups)) == len(names) and [group["weight_decay"] for group in optimizer.param_groups] == [
+        0.1,
+        0.1,
+        0,
+    ]
+
+
+def test_muon_needs_a_torch_that_has_it(small_model, monkeypatch):
+    monkeypatch.delattr(torch.optim, "Muon", raising=False)
+    with pytest.raises(ValueError, match="--muon needs torch 2.9 or newer, this is .*Leave it out"):
+        MuonWithAdamW(small_model(), 1e-3, 0.1)
 
 
 @pytest.mark.parametrize("recipe", [lora, ptuning])

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from conftest import ROOT, TINY
-from training import leaks, tiny, tiny_dialogues
+from training import leaks, pretrain, sft, tiny, tiny_dialogues
 from training.templates import Templates, mistyped
 
 
@@ -255,3 +255,46 @@ def test_what_is_told_names_hero_and_thing():
     )
     assert tiny.what_is_told("An apple. The apple fell.") == "an apple"
     assert tiny.what_is_told("Nothing much.") == ""
+
+
+def test_all_stages(tmp_path, monkeypatch):
+    """As docs/training.md has them, with few rows and steps: the checkpoint is in INT8 and answers."""
+    corpora, output = tmp_path / "corpora", tmp_path / "published"
+    rounds = [("What is 1?", "1 is a number."), ("What is 2?", "2 is a number.")]
+    chats = [{"messages": tiny.to_messages([round])} for round in rounds for _ in range(60)]
+    for i, chat in enumerate(chats):
+        chat["messages"][0]["content"] += f" {i}"
+    corpora.mkdir()
+    for name in tiny.DIALOGUES | tiny.TEXTS:
+        write_corpus(corpora, name, chats if name == "chatterbot_en" else [])
+    for name in ("SMALL_TALK", "INTENT", "ROW", "STORIES", "POEMS", "MEMORIES"):
+        monkeypatch.setattr(tiny_dialogues, name, 1)
+    monkeypatch.setattr(tiny, "WORK", tmp_path / "build/tiny")
+    monkeypatch.setattr(tiny, "LEAST_HELD_OUT", 1)
+    prompts = [leaks.read_prompts()[0], leaks.read_prompts()[-1]]
+    monkeypatch.setattr(tiny, "read_prompts", lambda: prompts)
+    monkeypatch.chdir(tmp_path)
+    output.mkdir()
+    (output / "tokenizer.model").write_bytes((TINY / "tokenizer.model").read_bytes())
+    (output / "README.md").write_text("\n".join(tiny.CARD_MARKS))
+    few = ["--max_steps", "2", "--per_device_train_batch_size", "2", "--torch_compile", "False", "--logging_steps", "1"]
+    few += ["--max_eval_samples", "2", "--warmup_steps", "1", "--bf16", "False"]
+    for arguments in (["texts"], ["dialogues"]):
+        tiny.main([*arguments, "--corpora", str(corpora), "--output", str(output)])
+    config = str(ROOT / "training/configs/tiny_{}.yaml")
+    pretrain.main(["--config", config.format("pretrain"), *few, "--lr_scheduler_kwargs", '{"num_decay_steps": 1}'])
+    sft.main(["--config", config.format("sft"), *few])
+    tiny.main(["publish", "--corpora", str(corpora), "--output", str(output)])
+    stored = json.loads((output / "config.json").read_text())["quantization_config"]
+    assert stored["bits"] == 8 and stored["quantize_embeddings"]
+    assert (output / "model.safetensors").stat().st_size < 20_000_000
+    report = json.loads((output / "training.json").read_text())
+    assert 19e6 < report["parameters"] < 21e6 and set(report["held_out"]) == {"float32", "INT8, as stored"}
+    figures = [form["chatterbot_en"]["perplexity"] for form in report["held_out"].values()]
+    assert figures[0] == pytest.approx(figures[1], rel=0.02)
+    samples = (output / "samples.md").read_text(encoding="utf-8")
+    assert all(f"**{query}**" in samples for prompt in prompts for query in prompt["queries"])
+    tiny.main(["answers", "--output", "build/tiny/finished", "--samples", str(tmp_path / "again.md")])
+    assert (tmp_path / "again.md").read_text(encoding="utf-8") == samples
+    with pytest.raises(SystemExit):
+        tiny.main(["texts"])

@@ -526,10 +526,11 @@ def publish(corpora: Path, output: Path):
     # By way of another folder: in the output the code is links to the top level, through which the library would write.
     finished = WORK / "finished"
     model.half().quantize(8, quantize_embeddings=True, scale_search=True).save_pretrained(finished)
+    tokenizer.save_pretrained(finished)
     output.mkdir(parents=True, exist_ok=True)
     for path in (finished / "config.json", finished / "model.safetensors", WORK / "start/tokenizer.model"):
         shutil.copyfile(path, output / path.name)  # not its mode: safetensors keeps files to the user alone
-    model, tokenizer = load(output)
+    model, tokenizer = load(finished)
     report["held_out"]["INT8, as stored"] = held_out_perplexity(model, tokenizer, held_out)
     (output / "samples.md").write_text(answer_prompts(model, tokenizer), encoding="utf-8")
     (output / "training.json").write_text(json.dumps(report, indent=2) + "\n")
@@ -544,7 +545,7 @@ def card(output: Path):
     write_card_figures(output / "README.md", report, judged(output))
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("step", choices=["texts", "dialogues", "publish", "answers", "card"])
     parser.add_argument("--corpora", type=Path, help="the folder with *.jsonl.gz")
@@ -554,7 +555,7 @@ def main():
     parser.add_argument(
         "--samples", type=Path, help="where to write the answers (default: samples.md of the checkpoint)"
     )
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.step in ("texts", "dialogues", "publish") and args.corpora is None:
         parser.error(f"{args.step} needs --corpora, the folder with *.jsonl.gz.")
     if args.step == "texts":

@@ -19,6 +19,7 @@ from common.settings import check_settings, rows_fingerprint, weights_fingerprin
 
 from .muon import MuonWithAdamW
 from .objective import IGNORED
+from .precision import choose_bf16
 
 
 logger = logging.get_logger(__name__)
@@ -38,6 +39,7 @@ class RecipeTrainer(Trainer):
     """The Trainer, which stops at the first loss that is not finite and leaves no checkpoint half-written."""
 
     def __init__(self, model, args, **kwargs):
+        choose_bf16(model, args, checkpoint_to_resume(args) if args.bf16 is None else None)
         if getattr(args, "muon", False):
             adamw = dict(betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon)
             kwargs["optimizers"] = MuonWithAdamW(model, args.learning_rate, args.weight_decay, **adamw), None
