@@ -8,6 +8,8 @@ PYTHON ?= python3
 MODEL ?= checkpoints/tiny
 override MODEL := $(value MODEL)
 export MODEL
+override FOLDER := $(or $(value FOLDER),$(if $(filter upgrade,$(MAKECMDGOALS)),$(error Say which folder: make upgrade FOLDER="path/to/chatglm2-6b")))
+export FOLDER
 # A small model needs to be kept to what it is sure of; others answer with the published defaults.
 CHAT_OPTIONS ?= $(if $(filter checkpoints/tiny,$(MODEL)),--temperature 0.3)
 # The release that everything is developed on, and those that the essentials are tested on
@@ -16,7 +18,7 @@ MATRIX ?= 5.9.0 5.17.0 5.19.0 5.23.0
 ESSENTIALS = $(wildcard $(patsubst %,tests/test_%.py,chat compat configuration golden loading long_context modeling parallel \
 	quantization tokenization*))
 
-.PHONY: chat web serve test tested-release test-matrix test-newest test-others test-clients test-conversion test-vllm hub-repo lint tiny bench clean
+.PHONY: chat web serve test tested-release test-matrix test-newest test-others test-clients test-conversion test-vllm upgrade hub-repo lint tiny bench clean
 
 chat: .venv/installed-chat
 	@.venv/bin/python -m examples.cli_chat --model="$$MODEL" $(CHAT_OPTIONS) $(ARGS) $(if $(value PROMPT),--prompt="$$PROMPT")
@@ -62,6 +64,10 @@ test-vllm: .venv-vllm/installed-vllm
 # The folder of a Hub repository, checked. Without WEIGHTS, what is in OUT already. ARGS="--push NAME/MODEL" uploads it.
 hub-repo: .venv/installed
 	@.venv/bin/python -m conversion.hub $(if $(WEIGHTS),--weights "$(WEIGHTS)") --output "$(or $(OUT),$(error Say where to write: make hub-repo WEIGHTS=folder OUT=folder))" $(ARGS)
+
+# Puts this package's code into an existing checkpoint folder. ARGS=--undo: takes it out again
+upgrade: .venv/installed
+	@.venv/bin/python -m conversion.upgrade "$$FOLDER" $(ARGS)
 
 tested-release:
 	@echo $(TRANSFORMERS)
