@@ -5,9 +5,12 @@ override PROMPT := $(value PROMPT)
 export PROMPT
 
 PYTHON ?= python3
+DOWNLOAD := $(if $(value MODEL),--model="$$MODEL")
 MODEL ?= checkpoints/tiny
 override MODEL := $(value MODEL)
 export MODEL
+override FOLDER := $(or $(value FOLDER),$(if $(filter upgrade,$(MAKECMDGOALS)),$(error Say which folder: make upgrade FOLDER="path/to/chatglm2-6b")))
+export FOLDER
 # A small model needs to be kept to what it is sure of; others answer with the published defaults.
 CHAT_OPTIONS ?= $(if $(filter checkpoints/tiny,$(MODEL)),--temperature 0.3)
 # The release that everything is developed on, and those that the essentials are tested on
@@ -16,7 +19,7 @@ MATRIX ?= 5.9.0 5.17.0 5.19.0 5.23.0
 ESSENTIALS = $(wildcard $(patsubst %,tests/test_%.py,chat compat configuration golden loading long_context modeling parallel \
 	quantization tokenization*))
 
-.PHONY: chat web serve test tested-release test-matrix test-newest test-others test-clients test-conversion test-vllm hub-repo lint tiny bench clean
+.PHONY: chat web serve test tested-release test-matrix test-newest test-others test-clients test-conversion test-vllm download upgrade hub-repo lint tiny bench clean
 
 chat: .venv/installed-chat
 	@.venv/bin/python -m examples.cli_chat --model="$$MODEL" $(CHAT_OPTIONS) $(ARGS) $(if $(value PROMPT),--prompt="$$PROMPT")
@@ -63,6 +66,14 @@ test-vllm: .venv-vllm/installed-vllm
 hub-repo: .venv/installed
 	@.venv/bin/python -m conversion.hub $(if $(WEIGHTS),--weights "$(WEIGHTS)") --output "$(or $(OUT),$(error Say where to write: make hub-repo WEIGHTS=folder OUT=folder))" $(ARGS)
 
+# The published weights, to checkpoints/chatglm2-6b; MODEL=OWNER/NAME: others. ARGS="--source modelscope": from modelscope.cn
+download: .venv/installed $(if $(findstring modelscope,$(ARGS)),.venv/installed-modelscope)
+	@.venv/bin/python -m conversion.download $(DOWNLOAD) $(ARGS)
+
+# Puts this package's code into an existing checkpoint folder. ARGS=--undo: takes it out again
+upgrade: .venv/installed
+	@.venv/bin/python -m conversion.upgrade "$$FOLDER" $(ARGS)
+
 tested-release:
 	@echo $(TRANSFORMERS)
 
@@ -106,6 +117,10 @@ PIP = $(@D)/bin/pip install --quiet --disable-pip-version-check -c constraints.t
 
 %/installed-chat: %/installed
 	$(PIP) -e ".[chat]"
+	touch $@
+
+%/installed-modelscope: %/installed
+	$(PIP) -e ".[modelscope]"
 	touch $@
 
 %/installed-web: %/installed

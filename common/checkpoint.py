@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -9,6 +10,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoTokenizer
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import logging
 
 from .files import read_json
@@ -16,6 +18,9 @@ from .package import product
 
 
 logger = logging.get_logger(__name__)
+
+# What the library calls the KV cache, in arguments and outputs: `cache` since 5.24, `past_key_values` before
+CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
 
 # Where the library looks for weights, in its order
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -122,24 +127,24 @@ def read_config(folder: Path) -> tuple[dict, object]:
         ValueError: if a configuration file is not JSON, or a field of config.json has the wrong type or value.
     """
     path = check_folder(folder) / "config.json"
-    fields = read_json(path, "Give a complete checkpoint folder: download it again.")
+    written = read_json(path, "Give a complete checkpoint folder: download it again.")
     for name in ("generation_config.json", "tokenizer_config.json"):
         if (folder / name).exists():
             read_json(folder / name)
-    model_type = fields.get("model_type", "chatglm")  # the published one does not say
+    model_type = written.get("model_type", "chatglm")  # the published one does not say
     if model_type != "chatglm":
         hint = " Convert it with `python -m conversion.from_glm`." if model_type == "glm" else ""
         raise ValueError(f"{path}: model_type is {model_type!r}, and ChatGLM2's is 'chatglm'.{hint}")
     for name, kind in (("architectures", list), ("auto_map", dict), ("quantization_config", dict)):
-        if fields.get(name) is not None and not isinstance(fields[name], kind):
+        if written.get(name) is not None and not isinstance(written[name], kind):
             article = "a list" if kind is list else "an object"
-            raise ValueError(f"{path}: {name} must be {article}, got {fields[name]!r}.")
+            raise ValueError(f"{path}: {name} must be {article}, got {written[name]!r}.")
     for name in ("dtype", "torch_dtype"):
-        value = fields.get(name)
+        value = written.get(name)
         if value is not None and not (isinstance(value, str) and isinstance(getattr(torch, value, None), torch.dtype)):
             raise ValueError(f"{path}: {name} must name a type of torch, such as 'float16', got {value!r}.")
     try:
-        return fields, product("configuration_chatglm.ChatGLMConfig").from_pretrained(folder)
+        return written, product("configuration_chatglm.ChatGLMConfig").from_pretrained(folder)
     except (ValueError, *UNREADABLE) as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
 

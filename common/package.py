@@ -2,11 +2,7 @@
 
 import shutil
 import sys
-from dataclasses import fields
 from pathlib import Path
-
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -15,12 +11,11 @@ CODE = ("*_chatglm.py", "quantization*.py")
 # For checkpoints that lack them, as the published one does
 DEFAULTS = ("tokenizer_config.json", "generation_config.json", "chat_template.jinja")
 
-# What the library calls the KV cache, in arguments and outputs: `cache` since 5.24, `past_key_values` before
-CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
-
 
 def product(name: str):
     """Returns a class of this package, `module.Class`, whatever code lies in a checkpoint's folder."""
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module  # late, as it takes seconds
+
     return get_class_from_dynamic_module(name, str(ROOT))
 
 

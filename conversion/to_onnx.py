@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 from transformers.cache_utils import DynamicCache
 
+from common.checkpoint import CACHE
 from common.errors import plain_errors
 from common.files import new_folder
-from common.package import CACHE, TINY
+from common.package import TINY
 
 from .checkpoint import SETTINGS, Checkpoint, is_language_model, meta_model
 

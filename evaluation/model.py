@@ -17,7 +17,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import DynamicCache
 from transformers.utils import logging
 
-from common.package import CACHE
+from common.checkpoint import CACHE
 
 
 logger = logging.get_logger(__name__)
