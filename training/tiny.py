@@ -16,6 +16,7 @@ import argparse
 import gzip
 import hashlib
 import json
+import math
 import random
 import re
 import shutil
@@ -26,14 +27,15 @@ from pathlib import Path
 
 import sentencepiece
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+from torch.utils.data import DataLoader
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .data import DataArguments, collator, encode, read
 from .leaks import LeakFinder, read_prompts
+from .objective import IGNORED
 from .templates import Templates
 from .tiny_dialogues import memories, poems, small_talk, stories
 from .tiny_dialogues import read as read_talk
-from .trainer import RecipeTrainer
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -394,28 +396,25 @@ def prepare_dialogues(corpora: Path):
     print(f"{len(dialogues):,} dialogues in {WORK}")
 
 
+@torch.inference_mode()
 def held_out_perplexity(model, tokenizer, held_out: dict[str, list]) -> dict[str, dict]:
     """Perplexity of the answers, by token of the model's own vocabulary, for each corpus of dialogues with enough of them."""
     rng, args = random.Random(0), DataArguments(max_source_length=512, max_target_length=511, packing=True)
-    data = {}
+    figures = {}
     for name in DIALOGUES:
         rows = [{"messages": to_messages(rounds)} for row in held_out[name] if (rounds := to_rounds(name, row, rng))]
-        if len(rows) >= LEAST_HELD_OUT:
-            write_jsonl(WORK / f"held_out/{name}.jsonl", rows)
-            args.validation_file = str(WORK / f"held_out/{name}.jsonl")
-            data[name] = encode(read(args, "validation"), tokenizer, args)
-    trainer = RecipeTrainer(
-        model=model,
-        args=TrainingArguments(WORK / "evaluation", per_device_eval_batch_size=32, report_to="none"),
-        data_collator=collator(tokenizer, args),
-        eval_dataset=data,
-        processing_class=tokenizer,
-    )
-    metrics = trainer.evaluate()
-    return {
-        name: {"dialogues": len(rows), "perplexity": round(metrics[f"eval_{name}_perplexity"], 1)}
-        for name, rows in data.items()
-    }
+        if len(rows) < LEAST_HELD_OUT:
+            continue
+        write_jsonl(WORK / f"held_out/{name}.jsonl", rows)
+        args.validation_file = str(WORK / f"held_out/{name}.jsonl")
+        examples = encode(read(args, "validation"), tokenizer, args)
+        total = tokens = 0
+        for batch in DataLoader(examples, batch_size=32, collate_fn=collator(tokenizer, args)):
+            learned = int((batch["labels"][:, 1:] != IGNORED).sum())
+            # With a cache, the examples of a packed row would see each other.
+            total, tokens = total + learned * model(**batch, use_cache=False).loss.item(), tokens + learned
+        figures[name] = {"dialogues": len(rows), "perplexity": round(math.exp(total / tokens), 1)}
+    return figures
 
 
 def stage(folder: Path, rows: Path) -> dict:
