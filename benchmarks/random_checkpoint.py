@@ -26,9 +26,7 @@ def write_checkpoint(
         sizes: Fields of config.json that are to be others.
     """
     folder.mkdir(parents=True)
-    for pattern in (*CODE, *DEFAULTS):
-        for path in ROOT.glob(pattern):
-            (folder / path.name).symlink_to(path)
+    link_code(folder)
     (folder / "tokenizer.model").symlink_to(TINY / "tokenizer.model")
     config = {**json.loads((ROOT / "config.json").read_text()), **sizes}
     config["torch_dtype"] = str(dtype).removeprefix("torch.")
@@ -63,6 +61,13 @@ def write_checkpoint(
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def link_code(folder: Path):
+    """Links this package's code into a folder, in which there may be links of an earlier run."""
+    for path in (path for pattern in (*CODE, *DEFAULTS) for path in ROOT.glob(pattern)):
+        if not (folder / path.name).exists():
+            (folder / path.name).symlink_to(path)
+
+
 def random_tensor(name: str, like: torch.Tensor, bits: int | None, generator: torch.Generator) -> torch.Tensor:
     """Returns what makes hidden states of moderate size, so that nothing overflows."""
     if like.dtype == torch.int8:
@@ -78,6 +83,7 @@ def random_tensor(name: str, like: torch.Tensor, bits: int | None, generator: to
 
 
 def load(folder: Path, **kwargs):
+    link_code(folder)
     model = AutoModel.from_pretrained(folder, trust_remote_code=True, **kwargs).eval()
     model.generation_config.eos_token_id = None  # random weights are to go on to the limit
     return model
