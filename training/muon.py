@@ -1,6 +1,6 @@
 """
 Muon for the matrices of the layers (Jordan et al. 2024, kellerjordan.github.io/posts/muon), AdamW for all other weights: an
-optimizer for pretraining from random weights, where it needs fewer steps than AdamW for the same loss.
+optimizer for pretraining from random weights.
 """
 
 import torch

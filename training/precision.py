@@ -28,7 +28,10 @@ def choose_bf16(model: PreTrainedModel, args, checkpoint: str | None):
     if args.bf16 is not None:
         return
     if checkpoint:
-        args.bf16 = bool(read_json(Path(checkpoint).parent / "settings.json")["training"].get("bf16"))
+        try:
+            args.bf16 = bool(read_json(Path(checkpoint).parent / "settings.json")["training"].get("bf16"))
+        except ValueError:  # the file is missing or damaged, by which the run is refused before it begins
+            args.bf16 = False
     else:
         is_alone_on_cpu = args.device.type == "cpu" and args.world_size == 1 and args.mixed_precision == "no"
         args.bf16 = is_alone_on_cpu and is_faster_in_bf16(model)
