@@ -44,7 +44,7 @@ def is_faster_in_bf16(model: PreTrainedModel) -> bool:
     """Measures the largest layer of a model in float32, for some milliseconds. Of other models, quantized ones too, False."""
     if model.config.hidden_size < NARROW or any(p.dtype != torch.float32 for p in model.parameters()):
         return False
-    layers = [layer for layer in model.modules() if type(layer) is nn.Linear]
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
     largest = max(layers, key=lambda layer: layer.weight.numel())
     return step_time(largest, True) < ENOUGH * step_time(largest, False)
 
