@@ -30,6 +30,16 @@ class Linear(nn.Linear):
         return super().forward(input)
 
 
+def choose_linear(model: nn.Module):
+    """
+    Makes this class of the `nn.Linear`s that are on the CPU. Once a model is loaded: before, other libraries look for layers
+    to replace by their exact class (bitsandbytes).
+    """
+    for module in model.modules():
+        if type(module) is nn.Linear and module.weight.device.type == "cpu":
+            module.__class__ = Linear
+
+
 def can_choose(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return (
         not is_traced(x)

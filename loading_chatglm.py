@@ -5,6 +5,7 @@ import re
 from torch import nn
 from transformers.utils import logging
 
+from .linear_chatglm import choose_linear
 from .quantization import QUANT_METHOD, quantize
 
 
@@ -26,6 +27,7 @@ class ChatGLMLoadingMixin:
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with output_loading_info=True
         model.base_model.freeze_all_but_prefix()  # the library makes what it loads trainable
+        choose_linear(model)
         return loaded
 
     @property

@@ -42,7 +42,7 @@ from .configuration_chatglm import ChatGLMConfig
 # Not used here, like the others marked F401: until 5.16, the library copies only the files of a folder that this imports.
 from .cpp_chatglm import CPP_SOURCE  # noqa: F401
 from .generation_chatglm import ChatGLMGenerationMixin
-from .linear_chatglm import Linear
+from .linear_chatglm import choose_linear  # noqa: F401
 from .loading_chatglm import ChatGLMLoadingMixin
 from .prefix_chatglm import PrefixEncoder, uncover_prefix
 from .quantization import init_quantized
@@ -205,8 +205,8 @@ class SelfAttention(nn.Module):
 
         qkv_size = (self.num_heads + 2 * self.num_key_value_heads) * self.head_dim
         qkv_bias = config.add_bias_linear or config.add_qkv_bias
-        self.query_key_value = Linear(config.hidden_size, qkv_size, bias=qkv_bias)
-        self.dense = Linear(self.num_heads * self.head_dim, config.hidden_size, bias=config.add_bias_linear)
+        self.query_key_value = nn.Linear(config.hidden_size, qkv_size, bias=qkv_bias)
+        self.dense = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, bias=config.add_bias_linear)
 
     def split_qkv(
         self, qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
@@ -266,8 +266,8 @@ class MLP(nn.Module):
     def __init__(self, config: ChatGLMConfig):
         super().__init__()
         bias = config.add_bias_linear
-        self.dense_h_to_4h = Linear(config.hidden_size, 2 * config.ffn_hidden_size, bias=bias)
-        self.dense_4h_to_h = Linear(config.ffn_hidden_size, config.hidden_size, bias=bias)
+        self.dense_h_to_4h = nn.Linear(config.hidden_size, 2 * config.ffn_hidden_size, bias=bias)
+        self.dense_4h_to_h = nn.Linear(config.ffn_hidden_size, config.hidden_size, bias=bias)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         gate, up = self.dense_h_to_4h(hidden_states).chunk(2, dim=-1)
@@ -398,7 +398,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         self.encoder = GLMTransformer(config)
         self.output_layer = None
         if with_output_layer:
-            self.output_layer = Linear(config.hidden_size, config.padded_vocab_size, bias=False)
+            self.output_layer = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False)
         else:
             self._tied_weights_keys = None
         self.gradient_checkpointing = False

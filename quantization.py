@@ -17,7 +17,6 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .linear_chatglm import Linear
 from .quantization_kernels import (
     CHUNK_ROWS,
     GROUP_SIZES,
@@ -242,7 +241,7 @@ class QuantizedLinear(nn.Linear):
         return quantize_weight(weight, self.bits, self.group_size, scale_search)
 
     def dequantize(self) -> nn.Linear:
-        new = Linear(self.in_features, self.out_features, bias=False, device="meta")
+        new = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         new.weight = nn.Parameter(dequantize_weight(self.weight, self.weight_scale, self.bits))
         new.bias = None if self.bias is None else nn.Parameter(self.bias.detach())
         return new

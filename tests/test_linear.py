@@ -107,14 +107,18 @@ def test_what_is_left_to_torch(linear, choosing, monkeypatch):
         half(torch.ones(1, 8))
 
 
-def test_half_precision_models_use_the_compiled_path(small_model, choosing):
-    model = small_model().bfloat16()
+def test_loaded_models_use_the_compiled_path(small_model, linear, choosing, tmp_path):
+    """Layers of a model that is being built are torch's, by which other libraries find them."""
+    assert not any(isinstance(layer, linear.Linear) for layer in small_model().modules())
+    small_model().save_pretrained(tmp_path / "model")
+    model = type(small_model()).from_pretrained(tmp_path / "model", dtype=torch.bfloat16).eval()
     measured = choosing("compiled")
     with torch.no_grad():
         logits = model(torch.tensor([[5]])).logits
         assert "compiled" in measured
         for layer in model.modules():
             if isinstance(layer, nn.Linear):
+                assert type(layer) is linear.Linear
                 layer.forward = lambda x, layer=layer: nn.functional.linear(x, layer.weight, layer.bias)
         expected = model(torch.tensor([[5]])).logits
     assert (logits - expected).norm() < 0.02 * expected.norm()
