@@ -5,11 +5,13 @@ quantization_cpu.py.
 """
 
 CPP_SOURCE = r"""
-// y = x * weight^T, for weights in INT8 or INT4 with a scale for each row or each group of columns.
+// In this order: numbers and buffers; y = x * weight^T for weights in half precision; attention; y = x * weight^T for weights
+// in INT8 or INT4, with a scale for each row or each group of columns.
 //
-// Activations are quantized to INT8 in blocks of 32 columns, so that an outlier spoils no more than its block, and
-// multiplied as integers: vpdpbusd or vpmaddubsw take unsigned weights and signed activations, so `offset` is added to
-// the weights, and the sum that it adds to each product is what the accumulators start from.
+// For INT8 and INT4, activations are quantized to INT8 in blocks of 32 columns, so that an outlier spoils no more than its
+// block, and multiplied as integers: vpdpbusd or vpmaddubsw take unsigned weights and signed activations, so `offset` is
+// added to the weights. What it adds to the products is subtracted: for few rows from the sum of a row, for many rows from
+// where the accumulators start.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -32,6 +34,61 @@ constexpr int64_t PADDING = 128;  // columns are padded to a multiple of this, a
 
 enum ScaleType { FLOAT32, FLOAT16, BFLOAT16 };
 
+// f(0), f(1), ... f(n - 1), written out before the compiler decides which arrays can stay in registers: a loop that it
+// unrolls later leaves accumulators in memory, and takes twice as long.
+#define INLINE __attribute__((always_inline))
+template <class F, int... i> inline INLINE void call_each(F f, std::integer_sequence<int, i...>) { (f(i), ...); }
+template <int n, class F> inline INLINE void each(F f) { call_each(f, std::make_integer_sequence<int, n>()); }
+
+#if defined(__AVX512F__) && !defined(CHATGLM_SCALAR)
+constexpr int64_t WIDE = 16;  // numbers in a vector
+#elif defined(__AVX2__) && !defined(CHATGLM_SCALAR)
+constexpr int64_t WIDE = 8;
+#else
+constexpr int64_t WIDE = 4;
+#endif
+typedef float Wide __attribute__((vector_size(4 * WIDE)));  // of GCC and clang, for any instruction set
+typedef uint32_t WideBits __attribute__((vector_size(4 * WIDE)));
+typedef uint16_t Halves __attribute__((vector_size(2 * WIDE)));
+
+template <int type>
+inline INLINE Wide widen(const uint16_t *p) {
+#if defined(__AVX512F__) && !defined(CHATGLM_SCALAR)
+  if (type == FLOAT16) return (Wide)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
+#elif defined(__AVX2__) && defined(__F16C__) && !defined(CHATGLM_SCALAR)
+  if (type == FLOAT16) return (Wide)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
+#endif
+  Halves halves;
+  memcpy(&halves, p, sizeof(halves));
+  const WideBits bits = __builtin_convertvector(halves, WideBits);
+  if (type == BFLOAT16) return (Wide)(bits << 16);
+  // The bits of a float16, exponent and all, moved to where a float32 has them, are 2^-112 times its value.
+  const Wide value = (Wide)((bits & 0x7fff) << 13) * 0x1p112f;
+  const WideBits not_finite = (WideBits)((bits & 0x7c00) == 0x7c00) & 0x7f800000;
+  return (Wide)((WideBits)value | not_finite | (bits & 0x8000) << 16);
+}
+
+// n numbers of any type, as float32
+template <int type>
+void to_float32(const void *from, int64_t n, float *to) {
+  if (type == FLOAT32) {
+    memcpy(to, from, n * sizeof(float));
+    return;
+  }
+  const uint16_t *halves = (const uint16_t *)from;
+  int64_t i = 0;
+  for (; i + WIDE <= n; i += WIDE) {
+    const Wide numbers = widen<type>(halves + i);
+    memcpy(to + i, &numbers, sizeof(numbers));
+  }
+  if (i < n) {
+    uint16_t last[WIDE] = {};
+    memcpy(last, halves + i, (n - i) * sizeof(uint16_t));
+    const Wide numbers = widen<type>(last);
+    memcpy(to + i, &numbers, (n - i) * sizeof(float));
+  }
+}
+
 struct Problem {
   const float *x;        // [rows, in]
   const int8_t *weight;  // [out, in * bits / 8]
@@ -45,22 +102,10 @@ struct Problem {
   int64_t group_size() const { return in / groups; }
 
   void read_scales(int64_t row, float *to) const {
-    int64_t begin = row * groups;
-    if (scale_type == FLOAT32) {
-      memcpy(to, (const float *)scale + begin, groups * sizeof(float));
-      return;
-    }
-    const uint16_t *from = (const uint16_t *)scale + begin;
-    const bool is_float16 = scale_type == FLOAT16;
-#pragma omp simd
-    for (int64_t i = 0; i < groups; i++) {
-      // The bits of a float16, exponent and all, moved to where a float32 has them, are 2^-112 times its value.
-      uint32_t word = is_float16 ? (uint32_t)(from[i] & 0x7fff) << 13 : (uint32_t)from[i] << 16;
-      float value;
-      memcpy(&value, &word, sizeof(value));
-      if (is_float16) value = std::copysign(value * 0x1p112f, from[i] & 0x8000 ? -1.0f : 1.0f);
-      to[i] = value;
-    }
+    const void *from = (const char *)scale + row * groups * (scale_type == FLOAT32 ? 4 : 2);
+    if (scale_type == FLOAT32) to_float32<FLOAT32>(from, groups, to);
+    if (scale_type == FLOAT16) to_float32<FLOAT16>(from, groups, to);
+    if (scale_type == BFLOAT16) to_float32<BFLOAT16>(from, groups, to);
   }
 };
 
@@ -150,41 +195,7 @@ void dequantize(const Problem &p, T *y) {
   }
 }
 
-// f(0), f(1), ... f(n - 1), written out before the compiler decides which arrays can stay in registers: a loop that it
-// unrolls later leaves accumulators in memory, and takes twice as long.
-#define INLINE __attribute__((always_inline))
-template <class F, int... i> inline INLINE void call_each(F f, std::integer_sequence<int, i...>) { (f(i), ...); }
-template <int n, class F> inline INLINE void each(F f) { call_each(f, std::make_integer_sequence<int, n>()); }
-
 // ---- Few rows of activations times weights in half precision: y = x * weight^T, in float32.
-
-#if defined(__AVX512F__) && !defined(CHATGLM_SCALAR)
-constexpr int64_t WIDE = 16;  // numbers in a vector
-#elif defined(__AVX2__) && !defined(CHATGLM_SCALAR)
-constexpr int64_t WIDE = 8;
-#else
-constexpr int64_t WIDE = 4;
-#endif
-typedef float Wide __attribute__((vector_size(4 * WIDE)));  // of GCC and clang, for any instruction set
-typedef uint32_t WideBits __attribute__((vector_size(4 * WIDE)));
-typedef uint16_t Halves __attribute__((vector_size(2 * WIDE)));
-
-template <int type>
-inline INLINE Wide widen(const uint16_t *p) {
-#if defined(__AVX512F__) && !defined(CHATGLM_SCALAR)
-  if (type == FLOAT16) return (Wide)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
-#elif defined(__AVX2__) && defined(__F16C__) && !defined(CHATGLM_SCALAR)
-  if (type == FLOAT16) return (Wide)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
-#endif
-  Halves halves;
-  memcpy(&halves, p, sizeof(halves));
-  const WideBits bits = __builtin_convertvector(halves, WideBits);
-  if (type == BFLOAT16) return (Wide)(bits << 16);
-  // The bits of a float16, exponent and all, moved to where a float32 has them, are 2^-112 times its value.
-  const Wide value = (Wide)((bits & 0x7fff) << 13) * 0x1p112f;
-  const WideBits not_finite = (WideBits)((bits & 0x7c00) == 0x7c00) & 0x7f800000;
-  return (Wide)((WideBits)value | not_finite | (bits & 0x8000) << 16);
-}
 
 // y[m * out + r] = product of R rows of the weight with M rows of activations. U sums of each hide the latency of adding.
 template <int type, int M, int R, int U>
@@ -202,17 +213,17 @@ void half_tile(const float *x, const uint16_t *weight, float *y, int64_t out, in
         each<M>([&](int m) INLINE { sum[r][m][u] += activations[m] * w; });
       });
     });
-  for (int m = 0; m < M; m++)
-    for (int r = 0; r < R; r++) {
+  for (int r = 0; r < R; r++) {
+    float rest[U * WIDE];
+    to_float32<type>(weight + r * in + k, in - k, rest);
+    for (int m = 0; m < M; m++) {
       float total = 0;
       for (int u = 0; u < U; u++)
         for (int64_t i = 0; i < WIDE; i++) total += sum[r][m][u][i];
-      for (int64_t i = k; i < in; i++) {
-        uint16_t last[WIDE] = {weight[r * in + i]};
-        total += x[m * in + i] * widen<type>(last)[0];
-      }
+      for (int64_t i = k; i < in; i++) total += x[m * in + i] * rest[i - k];
       y[m * out + r] = total;
     }
+  }
 }
 
 template <int type>
@@ -273,18 +284,13 @@ struct Softmax {
   Wide largest, sum, values[MOST_COLUMNS];
 };
 
+// n rows in float32: as they are, or in `scratch`
 template <int type>
-inline INLINE const float *as_float32(const void *from, int64_t n, int64_t stride, int64_t columns, float *scratch) {
+const float *as_float32(const void *from, int64_t n, int64_t stride, int64_t columns, float *scratch) {
   if (type == FLOAT32 && stride == columns) return (const float *)from;
+  const int64_t size = type == FLOAT32 ? 4 : 2;
   for (int64_t i = 0; i < n; i++)
-    for (int64_t k = 0; k < columns; k += WIDE) {
-      Wide numbers;
-      if (type == FLOAT32)
-        memcpy(&numbers, (const float *)from + i * stride + k, sizeof(numbers));
-      else
-        numbers = widen<type>((const uint16_t *)from + i * stride + k);
-      memcpy(scratch + i * columns + k, &numbers, sizeof(numbers));
-    }
+    to_float32<type>((const char *)from + i * stride * size, columns, scratch + i * columns);
   return scratch;
 }
 
@@ -330,48 +336,53 @@ inline void add_keys(const Wide *query, const float *key, const float *value, in
 
 template <int type>
 void attention(const Attention &a) {
-  const int64_t parts = (a.length + PART - 1) / PART, blocks = (a.heads + WIDE - 1) / WIDE, size = type == FLOAT32 ? 4 : 2;
-  Buffer<Softmax> known(a.kv_heads * blocks * parts);
+  const int64_t parts = (a.length + PART - 1) / PART, size = type == FLOAT32 ? 4 : 2;
+  const int64_t blocks = (a.heads + WIDE - 1) / WIDE;  // of query heads, for each key-value head
+  Buffer<Wide> query(a.kv_heads * blocks * a.columns);  // [kv_heads * blocks, columns][WIDE heads]
+  Buffer<Softmax> known(a.kv_heads * blocks * parts);   // [kv_heads * blocks, parts]
   const Scratch<float> scratch(a.threads, 2 * KEYS * a.columns);
-#pragma omp parallel for collapse(2) schedule(dynamic, 1) num_threads(a.threads)
-  for (int64_t h = 0; h < a.kv_heads; h++)
-    for (int64_t part = 0; part < parts; part++) {
-      Wide query[MOST_COLUMNS];
-      for (int64_t block = 0; block < blocks; block++) {
-        Softmax *mine = known + (h * blocks + block) * parts + part;
-        mine->largest = Wide{} - INFINITY;
-        mine->sum = Wide{};
-        for (int64_t k = 0; k < a.columns; k++) {
-          mine->values[k] = Wide{};
-          for (int64_t lane = 0; lane < WIDE; lane++) {
-            const int64_t head = std::min(block * WIDE + lane, a.heads - 1);
-            query[k][lane] = a.query[(h * a.heads + head) * a.columns + k];
-          }
+#pragma omp parallel num_threads(a.threads)
+  {
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < a.kv_heads * blocks; i++)
+      for (int64_t lane = 0; lane < WIDE; lane++) {
+        const int64_t head = std::min(i % blocks * WIDE + lane, a.heads - 1);
+        const float *from = a.query + (i / blocks * a.heads + head) * a.columns;
+        for (int64_t k = 0; k < a.columns; k++) query[i * a.columns + k][lane] = from[k];
+      }
+
+    float *keys = scratch.mine(), *values = keys + KEYS * a.columns;
+#pragma omp for collapse(2) schedule(dynamic, 1)
+    for (int64_t h = 0; h < a.kv_heads; h++)
+      for (int64_t part = 0; part < parts; part++) {
+        for (int64_t i = h * blocks; i < (h + 1) * blocks; i++) {
+          known[i * parts + part] = Softmax{};
+          known[i * parts + part].largest = Wide{} - INFINITY;
         }
         const int64_t end = std::min((part + 1) * PART, a.length);
-        for (int64_t i = part * PART; i < end; i += KEYS) {
-          const int64_t n = std::min(KEYS, end - i), offset = (h * a.head_stride + i * a.stride) * size;
-          float *keys = scratch.mine(), *values = keys + KEYS * a.columns;
-          add_keys(query, as_float32<type>((const char *)a.key + offset, n, a.stride, a.columns, keys),
-                   as_float32<type>((const char *)a.value + offset, n, a.stride, a.columns, values), n, a.columns, mine);
+        for (int64_t begin = part * PART; begin < end; begin += KEYS) {
+          const int64_t n = std::min(KEYS, end - begin), offset = (h * a.head_stride + begin * a.stride) * size;
+          const float *key = as_float32<type>((const char *)a.key + offset, n, a.stride, a.columns, keys);
+          const float *value = as_float32<type>((const char *)a.value + offset, n, a.stride, a.columns, values);
+          for (int64_t i = h * blocks; i < (h + 1) * blocks; i++)
+            add_keys(query + i * a.columns, key, value, n, a.columns, known + i * parts + part);
         }
       }
-    }
+  }
   for (int64_t i = 0; i < a.kv_heads * blocks; i++) {
     const Softmax *of = known + i * parts;
-    Wide most = of[0].largest;
-    for (int64_t part = 1; part < parts; part++) most = largest(most, of[part].largest);
-    Wide sum = {}, weight[1] = {};
     Softmax total = {};
+    total.largest = of[0].largest;
+    for (int64_t part = 1; part < parts; part++) total.largest = largest(total.largest, of[part].largest);
     for (int64_t part = 0; part < parts; part++) {
-      weight[0] = exponential(of[part].largest - most);
-      sum += of[part].sum * weight[0];
-      for (int64_t k = 0; k < a.columns; k++) total.values[k] += of[part].values[k] * weight[0];
+      const Wide weight = exponential(of[part].largest - total.largest);
+      total.sum += of[part].sum * weight;
+      for (int64_t k = 0; k < a.columns; k++) total.values[k] += of[part].values[k] * weight;
     }
-    const int64_t h = i / blocks, first = i % blocks * WIDE;
+    const int64_t first = i % blocks * WIDE;
     for (int64_t lane = 0; lane < WIDE && first + lane < a.heads; lane++)
       for (int64_t k = 0; k < a.columns; k++)
-        a.y[(h * a.heads + first + lane) * a.columns + k] = total.values[k][lane] / sum[lane];
+        a.y[(i / blocks * a.heads + first + lane) * a.columns + k] = total.values[k][lane] / total.sum[lane];
   }
 }
 
