@@ -1,10 +1,19 @@
 """Linear layers that multiply in half precision on CPUs by what is fastest there, which torch's own way often is not."""
 
+import functools
+
 import torch
 from torch import nn
 
 from .quantization_cpu import cpu_half_linear, cpu_library
-from .quantization_kernels import CHUNK_ROWS, MEASURED_SIZE, fastest_path, is_traced, matmul_by_chunks
+from .quantization_kernels import (
+    CHUNK_ROWS,
+    MEASURED_SIZE,
+    fastest_path,
+    is_traced,
+    matmul_by_chunks,
+    needs_gradients,
+)
 
 
 FEW_ROWS = 4  # of activations: up to so many, reading the weight from memory is what takes the time
@@ -21,9 +30,8 @@ class Linear(nn.Linear):
         if weight.dtype in (torch.float16, torch.bfloat16) and can_choose(input, weight):
             rows = input.reshape(-1, input.shape[-1])
             paths = half_paths(rows, weight)
-            kind = (weight.dtype, len(rows) > FEW_ROWS)
-            name = f"{weight.dtype}, {'many' if kind[1] else 'few'} rows"
-            path = fastest_path(kind, name, paths, rows[:128], weight[:CHUNK_ROWS])
+            kind = (weight.dtype, "many rows" if len(rows) > FEW_ROWS else "few rows")
+            path = fastest_path(kind, paths, lambda: (rows[:128], weight[:CHUNK_ROWS]))
             if path != "torch":
                 output = paths[path](rows, weight).view(*input.shape[:-1], -1)
                 return output if self.bias is None else output + self.bias
@@ -48,23 +56,27 @@ def can_choose(x: torch.Tensor, weight: torch.Tensor) -> bool:
         and x.dtype == weight.dtype
         and x.numel() > 0
         and weight.numel() >= MEASURED_SIZE  # a smaller one takes little time in any way
-        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+        and not needs_gradients(x, weight)
     )
-
-
-def half_paths(x: torch.Tensor, weight: torch.Tensor) -> dict:
-    """The ways to multiply x, `[rows, in]`, by the transpose of a weight in half precision."""
-    paths = {"torch": nn.functional.linear}
-    if len(x) <= FEW_ROWS:
-        if cpu_library():
-            paths["compiled"] = cpu_half_linear
-        return paths
-    paths["float32"] = lambda x, weight: by_chunks(x, weight, torch.float32)
-    if weight.dtype == torch.float16:
-        paths["bfloat16"] = lambda x, weight: by_chunks(x, weight, torch.bfloat16)
-    return paths
 
 
 def by_chunks(x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     # By way of float32: torch (2.13) converts float16 to bfloat16 three times slower than that
     return matmul_by_chunks(x, len(weight), dtype, lambda rows: weight[rows].float().to(dtype))
+
+
+PATHS = {
+    "torch": nn.functional.linear,
+    "compiled": cpu_half_linear,
+    "float32": functools.partial(by_chunks, dtype=torch.float32),
+    "bfloat16": functools.partial(by_chunks, dtype=torch.bfloat16),
+}
+
+
+def half_paths(x: torch.Tensor, weight: torch.Tensor) -> dict:
+    """The ways to multiply x, `[rows, in]`, by the transpose of a weight in half precision."""
+    if len(x) <= FEW_ROWS:
+        names = ("torch", "compiled") if cpu_library() else ("torch",)
+    else:
+        names = ("torch", "float32", "bfloat16") if weight.dtype == torch.float16 else ("torch", "float32")
+    return {name: PATHS[name] for name in names}

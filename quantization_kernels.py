@@ -30,6 +30,10 @@ def is_traced(x: torch.Tensor) -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) not in (torch.Tensor, nn.Parameter)
 
 
+def needs_gradients(*tensors: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
 # The number formats
 
 
@@ -147,7 +151,12 @@ def cpu_path(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: i
 
     The environment variable `CHATGLM_CPU_PATH` takes precedence over what was measured.
     """
-    kind = (bits, scale.numel() // len(scale) > 1, x.dtype, x.shape[0] > FEW_ROWS)
+    kind = (
+        f"INT{bits}",
+        "a scale for each group" if scale.numel() > len(scale) else "a scale for each row",
+        x.dtype,
+        "many rows" if x.shape[0] > FEW_ROWS else "few rows",
+    )
     paths = CPU_PATHS
     if scale.dtype not in SCALE_TYPES or not cpu_library():
         paths = {name: path for name, path in CPU_PATHS.items() if name != "compiled"}
@@ -157,22 +166,20 @@ def cpu_path(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: i
         return forced
     if weight.numel() < MEASURED_SIZE:
         return "compiled" if "compiled" in paths else "float32"
-    name = (
-        f"INT{bits}, a scale for each {'group' if kind[1] else 'row'}, {x.dtype}, {'many' if kind[3] else 'few'} rows"
-    )
-    return fastest_path(kind, name, paths, x[:128], weight[:CHUNK_ROWS], scale[:CHUNK_ROWS], bits)
+    return fastest_path(kind, paths, lambda: (x[:128], weight[:CHUNK_ROWS], scale[:CHUNK_ROWS], bits))
 
 
-def fastest_path(kind: tuple, name: str, paths: dict[str, Callable], *arguments) -> str:
+def fastest_path(kind: tuple, paths: dict[str, Callable], sample: Callable[[], tuple]) -> str:
     """
-    Returns which of `paths` is fastest for a kind of multiplication, measured at first use.
+    Returns which of `paths` is fastest for a kind of multiplication, measured at first use with the arguments that `sample`
+    returns.
 
-    The choice is kept for the process, by `kind`, and beside the compiled library for the next ones, by `name`.
+    The choice is kept for the process and, beside the compiled library, for the next ones.
     """
     if kind not in chosen_paths:
-        kept = kept_choices()
+        name, kept = ", ".join(map(str, kind)), kept_choices()
         if kept.get(name) not in paths:
-            seconds = measure(paths, *arguments)
+            seconds = measure(paths, *sample())
             kept[name] = min(seconds, key=seconds.get)
             logger.info(f"{name}: {', '.join(f'{path} {1000 * s:.2f} ms' for path, s in seconds.items())}.")
             keep_choices(kept)
