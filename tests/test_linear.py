@@ -12,27 +12,6 @@ def linear(chatglm):
     return chatglm.linear
 
 
-@pytest.fixture
-def choosing(linear, tmp_path, monkeypatch):
-    """Has every weight measured, by a clock on which the named path is fastest; returns the list of what was measured."""
-    kernels = linear.fastest_path.__globals__
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(linear, "MEASURED_SIZE", 0)
-    kernels["chosen_paths"].clear()
-    measured = []
-
-    def fastest(path):
-        def measure(paths, *arguments):
-            measured.extend(paths)
-            return {name: 1.0 if name == path else 2.0 for name in paths}
-
-        monkeypatch.setitem(kernels, "measure", measure)
-        return measured
-
-    yield fastest
-    kernels["chosen_paths"].clear()
-
-
 def case(rows: int, out: int, columns: int, dtype: torch.dtype):
     generator = torch.Generator().manual_seed(rows + out + columns)
     x = torch.randn(rows, columns, generator=generator).to(dtype)

@@ -231,28 +231,6 @@ def test_bfloat16_path_with_values_that_are_not_finite(kernels, value):
     assert torch.isfinite(y[1:]).all() and not torch.isfinite(y[0][kernels.unpack_int4(weight)[:, 100] != 0]).any()
 
 
-@pytest.fixture
-def choosing(kernels, tmp_path, monkeypatch):
-    """Has every weight measured, by a clock on which the named path is fastest; returns the list of what was measured."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.delenv("CHATGLM_CPU_PATH", raising=False)
-    monkeypatch.setattr(kernels, "MEASURED_SIZE", 0)
-    (tmp_path / "chatglm2").mkdir(mode=0o700)
-    kernels.chosen_paths.clear()
-    measured = []
-
-    def fastest(path):
-        def measure(paths, *arguments):
-            measured.extend(paths)
-            return {name: 1.0 if name == path else 2.0 for name in paths}
-
-        monkeypatch.setattr(kernels, "measure", measure)
-        return measured
-
-    yield fastest
-    kernels.chosen_paths.clear()
-
-
 def chosen_file(tmp_path):
     (path,) = (tmp_path / "chatglm2").glob("*.json")
     return path
