@@ -239,9 +239,9 @@ class ChatGLMConfig(PreTrainedConfig):
                 "quantization_config must be a dictionary such as {'quant_method': 'chatglm', 'bits': 4}, got "
                 f"{quantization_config!r}."
             )
-        if isinstance(quantization_config, dict) and quantization_config.get("quant_method") == "chatglm":
-            if "bits" not in quantization_config:
-                raise ValueError(f"quantization_config lacks 'bits', which must be 4 or 8: {quantization_config}.")
+        fields = quantization_config if isinstance(quantization_config, dict) else {}
+        if fields.get("quant_method") == "chatglm" and "bits" not in fields:
+            raise ValueError(f"quantization_config lacks 'bits', which must be 4 or 8: {quantization_config}.")
 
     @property
     def context_length(self) -> int:

@@ -5,11 +5,8 @@ import ctypes
 import functools
 import importlib.util
 import json
-import os
 import platform
-import shlex
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
@@ -22,7 +19,7 @@ import torch
 import transformers
 from transformers.generation.streamers import BaseStreamer
 
-from common.package import ROOT
+from common.package import ROOT, product
 
 
 SHARED = ROOT.parent / "shared/data"
@@ -132,12 +129,14 @@ extern "C" uint64_t read_words(const uint64_t *words, int64_t n, int64_t ahead, 
 
 @functools.cache
 def stream_library() -> ctypes.CDLL:
+    """Compiles `STREAM` as the package compiles its own C++."""
+    find_compiler, compiler_flags, run_compiler = (
+        product(f"quantization_cpu.{name}") for name in ("find_compiler", "compiler_flags", "run_compiler")
+    )
     with tempfile.TemporaryDirectory() as folder:
         source, library = Path(folder, "stream.cpp"), Path(folder, "stream.so")
         source.write_text(STREAM)
-        compiler = shlex.split(os.environ.get("CXX", "c++"))
-        flags = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
-        subprocess.run([*compiler, *flags, str(source), "-o", str(library)], check=True)
+        run_compiler([*find_compiler(), *compiler_flags(), str(source), "-o", str(library)])
         loaded = ctypes.CDLL(str(library))
     loaded.read_words.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int]
     return loaded

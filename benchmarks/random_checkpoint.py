@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModel
 
-from common.package import CODE, DEFAULTS, ROOT, TINY, module_of, product
+from common.package import ROOT, TINY, code_files, module_of, product
 
 
 def write_checkpoint(
@@ -63,7 +63,7 @@ def write_checkpoint(
 
 def link_code(folder: Path):
     """Links this package's code into a folder, in which there may be links of an earlier run."""
-    for path in (path for pattern in (*CODE, *DEFAULTS) for path in ROOT.glob(pattern)):
+    for path in code_files():
         if not (folder / path.name).exists():
             (folder / path.name).symlink_to(path)
 
@@ -121,9 +121,8 @@ def write_gguf(path: Path, layers: int = 28, kind: str = "Q4_0", **sizes):
 
     def matrix(name: str, rows: int, columns: int, kind):
         if kind.name not in scales:
-            data = torch.empty(rows, columns, dtype=torch.bfloat16 if kind.name == "BF16" else torch.float16).normal_(
-                0, 0.02
-            )
+            dtype = {"F16": torch.float16, "BF16": torch.bfloat16}[kind.name]
+            data = torch.empty(rows, columns, dtype=dtype).normal_(0, 0.02)
             writer.add_tensor(name, data.view(torch.uint8).numpy(), raw_dtype=kind)
             return
         block_size, block_bytes = gguf.GGML_QUANT_SIZES[kind]

@@ -25,8 +25,12 @@ def module_of(model, name: str):
     return sys.modules[f"{package.rpartition('.')[0]}.{name}"]
 
 
+def code_files() -> list[Path]:
+    """Returns this package's code, and the small files of `DEFAULTS`."""
+    return [path for pattern in (*CODE, *DEFAULTS) for path in ROOT.glob(pattern)]
+
+
 def copy_code(folder: Path):
     """Copies the code, and the small files of `DEFAULTS`, into a checkpoint's folder."""
-    for pattern in (*CODE, *DEFAULTS):
-        for path in ROOT.glob(pattern):
-            shutil.copy(path, folder)
+    for path in code_files():
+        shutil.copy(path, folder)

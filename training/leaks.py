@@ -47,10 +47,8 @@ def distance_within(pattern: str, text: str) -> int:
     for i, c in enumerate(pattern):
         places[c] = places.get(c, 0) | 1 << i
     everywhere, last = (1 << len(pattern)) - 1, 1 << len(pattern) - 1
-    rises, falls = (
-        everywhere,
-        0,
-    )  # where the distance grows, and where it shrinks, from one row of the table to the next
+    # Where the distance grows, and where it shrinks, from one row of the table to the next
+    rises, falls = everywhere, 0
     best = score = len(pattern)
     for c in text:
         found = places.get(c, 0)
