@@ -21,8 +21,8 @@ FEW_ROWS = 4  # of activations: up to so many, reading the weight from memory is
 
 class Linear(nn.Linear):
     """
-    `nn.Linear`. Without gradients, in bfloat16 or float16 on the CPU, it multiplies by the fastest of some ways, which are
-    measured at first use: torch's own, the compiled library (a few rows), and by chunks in float32 or bfloat16.
+    `nn.Linear`. Without gradients, in bfloat16 or float16 on the CPU, it takes the fastest of several ways, measured at first
+    use: torch's own, the compiled library (few rows), or chunks of the weight in float32 or bfloat16 (many rows).
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -40,8 +40,8 @@ class Linear(nn.Linear):
 
 def choose_linear(model: nn.Module):
     """
-    Makes this class of the `nn.Linear`s that are on the CPU. Once a model is loaded: before, other libraries look for layers
-    to replace by their exact class (bitsandbytes).
+    Turns the model's `nn.Linear`s on the CPU into `Linear`. Call it after loading: while a model is loaded, other libraries
+    (bitsandbytes) replace layers whose class is exactly `nn.Linear`.
     """
     for module in model.modules():
         if type(module) is nn.Linear and module.weight.device.type == "cpu":

@@ -111,8 +111,8 @@ def matmul_by_chunks(
     x: torch.Tensor, out_features: int, dtype: torch.dtype, weight_rows: Callable[[slice], torch.Tensor]
 ) -> torch.Tensor:
     """
-    `x @ weight.T`, in the dtype of x, for a weight of which `weight_rows` returns some rows in `dtype`: the full weight
-    never exists in memory in it.
+    `x @ weight.T`, in the dtype of x. `weight_rows(rows)` returns those rows of the weight in `dtype`, so the full weight
+    never exists in memory in that dtype.
     """
     output = torch.empty(x.shape[0], out_features, dtype=x.dtype)
     x = x.to(dtype)
@@ -189,8 +189,8 @@ def fastest_path(kind: tuple, paths: dict[str, Callable], sample: Callable[[], t
 
 def measure(paths: dict[str, Callable], *arguments) -> dict[str, float]:
     """
-    Returns the seconds that each path takes: the least of some calls, of which the first does not count. They take turns,
-    for what else the machine does to slow all of them.
+    Returns the seconds that each path takes: the least of several calls, of which the first does not count. The paths take
+    turns, so other load on the machine slows all of them.
     """
     seconds = {name: [] for name in paths}
     for _ in range(6):

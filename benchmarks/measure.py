@@ -113,8 +113,7 @@ def anonymous_memory() -> float:
 
 STREAM = r"""
 #include <cstdint>
-// Reads n words (a multiple of 64), each thread a part of its own, as fast as they come. Whether a CPU is faster when it is
-// told `ahead` of time depends on the CPU: 0 words does without.
+// Reads n words (a multiple of 64) once, each thread its own part. Prefetching `ahead` words helps some CPUs; 0 turns it off.
 extern "C" uint64_t read_words(const uint64_t *words, int64_t n, int64_t ahead, int threads) {
   uint64_t result = 0;
 #pragma omp parallel for num_threads(threads) reduction(^ : result) schedule(static)

@@ -480,14 +480,14 @@ def test_generation_reuses_the_cache(checkpoint):
 # Other libraries' quantization
 
 
-@pytest.mark.parametrize("options", [{"load_in_4bit": True}, {"load_in_8bit": True}], ids=str)
-def test_bitsandbytes(checkpoint, options):
+@pytest.mark.parametrize("options, most", [({"load_in_4bit": True}, 0.3), ({"load_in_8bit": True}, 0.03)], ids=str)
+def test_bitsandbytes(checkpoint, options, most):
     pytest.importorskip("bitsandbytes")
     exact = load(checkpoint)(IDS).logits
     model = load(checkpoint, quantization_config=BitsAndBytesConfig(**options))
     layer = model.transformer.encoder.layers[0].mlp.dense_h_to_4h
     assert type(layer).__module__.startswith("bitsandbytes") and layer.weight.dtype in (torch.uint8, torch.int8)
-    assert (model(IDS).logits - exact).norm() / exact.norm() < 0.5
+    assert (model(IDS).logits - exact).norm() / exact.norm() < most
 
 
 def test_torchao(checkpoint):
