@@ -39,7 +39,7 @@ from .checks_chatglm import (
 from .compat_chatglm import CACHE_NAME, update_cache
 from .configuration_chatglm import ChatGLMConfig
 
-# Not used here, like the others marked F401: until 5.16, the library copies only the files of a folder that this imports.
+# Unused here, as the others marked F401: until 5.16, the library copies only those files of a folder that this one imports.
 from .cpp_chatglm import CPP_SOURCE  # noqa: F401
 from .generation_chatglm import ChatGLMGenerationMixin
 from .linear_chatglm import choose_linear  # noqa: F401

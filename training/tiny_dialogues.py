@@ -9,7 +9,8 @@ from .templates import Templates, mistyped
 
 
 TALK = Path(__file__).resolve().parent / "talk"
-# How often: each query of small_talk.json, an intent without rows, and each row of one with rows; and dialogues in each language.
+# Copies of each query of small_talk.json, of each intent without rows, and of each row of the other intents; then how many
+# stories, poems and dialogues with memories are made in each language.
 SMALL_TALK, INTENT, ROW, STORIES, POEMS, MEMORIES = 16, 200, 40, 6000, 2500, 7000
 
 Rounds = list[tuple[str, str]]
