@@ -9,7 +9,6 @@ Downloads a checkpoint, checks it, and puts this package's code beside it:
 Interrupted, the same command goes on where it was. Every file is compared with the checksum that the source gives for it.
 """
 
-import argparse
 import errno
 import hashlib
 import os
@@ -21,6 +20,7 @@ from typing import NamedTuple
 from common.errors import plain_errors
 from common.files import only_run
 from common.hub import wanted_files
+from common.options import Parser
 from common.package import ROOT
 
 from . import upgrade
@@ -200,7 +200,7 @@ def gigabytes(size: int) -> str:
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--model", default=PUBLISHED, help="a name on the Hub, OWNER/NAME (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="the folder to write (default: checkpoints/NAME)")
     parser.add_argument("--source", choices=list(SOURCES), default="huggingface", help="default: %(default)s")
