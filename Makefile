@@ -118,42 +118,42 @@ VENV = test -e $@ || rm -rf $(@D); $(PYTHON) -m venv $(@D)
 	touch $@
 
 %/installed-test: %/installed
-	$(PIP) -e ".[test]"
+	$(PIP) --quiet -e ".[test]"
 	touch $@
 
 %/installed-chat: %/installed
-	$(PIP) -e ".[chat]"
+	$(PIP) --quiet -e ".[chat]"
 	touch $@
 
 %/installed-modelscope: %/installed
-	$(PIP) -e ".[modelscope]"
+	$(PIP) --quiet -e ".[modelscope]"
 	touch $@
 
 %/installed-web: %/installed
-	$(PIP) -e ".[web]"
+	$(PIP) --quiet -e ".[web]"
 	touch $@
 
 %/installed-serve: %/installed
-	$(PIP) -e ".[json,serve]"
+	$(PIP) --quiet -e ".[json,serve]"
 	touch $@
 
 %/installed-training: %/installed
-	$(PIP) -e ".[training]"
+	$(PIP) --quiet -e ".[training]"
 	touch $@
 
 %/installed-bench: %/installed
-	$(PIP) -e ".[bench]"
+	$(PIP) --quiet -e ".[bench]"
 	touch $@
 
 # LLaMA-Factory allows no release of Transformers that is tested here: without what it asks for.
 %/installed-others: %/installed
-	$(PIP) -e ".[others]"
+	$(PIP) --quiet -e ".[others]"
 	$(PIP) --no-deps llamafactory==0.9.5
 	$(PIP) einops fire omegaconf "tyro<0.9"
 	touch $@
 
 %/installed-engines: %/installed
-	$(PIP) -e ".[engines]"
+	$(PIP) --quiet -e ".[engines]"
 	touch $@
 
 .venv-vllm/installed-vllm: constraints.txt

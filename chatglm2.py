@@ -48,7 +48,9 @@ def main():
     if name in GROUPS:
         folder, kinds, extra = GROUPS[name]
         if not options or options[0] in ("-h", "--help"):
-            print(f"chatglm2 {name} {{{','.join(kinds)}}} ...\n\n`chatglm2 {name} {kinds[0]} --help` lists the options of one.")
+            print(
+                f"chatglm2 {name} {{{','.join(kinds)}}} ...\n\n`chatglm2 {name} {kinds[0]} --help` lists the options of one."
+            )
             return
         kind = options.pop(0).replace("-", "_")
         if kind not in kinds:
