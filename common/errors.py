@@ -4,8 +4,11 @@ import signal
 import sys
 import threading
 from contextlib import contextmanager
+from pathlib import Path
 
 from safetensors import SafetensorError
+
+from .package import ROOT
 
 
 # What was typed instead of `python -m MODULE`, set by chatglm2.py
@@ -45,7 +48,12 @@ def needs_extra(extra: str):
     try:
         yield
     except ImportError as error:
-        raise SystemExit(f"{one_line(error)}. pip install -e '.[{extra}]'") from error
+        raise SystemExit(f"{one_line(error)}. {how_to_install(extra)}") from error
+
+
+def how_to_install(extra: str) -> str:
+    """Returns the command that installs an extra of setup.cfg, from the folder that this is."""
+    return f"pip install -e '{'.' if Path.cwd() == ROOT else ROOT}[{extra}]'"
 
 
 def end(number: int, frame):

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from common.errors import plain_errors
+from common.errors import how_to_install, plain_errors
 from common.files import only_run
 from common.hub import wanted_files
 from common.options import Parser
@@ -79,7 +79,7 @@ def modelscope(name: str, revision: str | None) -> Source:
     try:
         from modelscope_hub import HubApi, get_default_config
     except ImportError as error:
-        raise ValueError(f"{error}. pip install -e '.[modelscope]'") from None
+        raise ValueError(f"{error}. {how_to_install('modelscope')}") from None
 
     name = ON_MODELSCOPE.get(name, name)
     api = HubApi()

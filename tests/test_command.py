@@ -71,7 +71,7 @@ def test_help_imports_nothing_heavy(tmp_path, command):
 def test_missing_extra_is_one_line(tmp_path, words, without, extra):
     result = run(tmp_path, *words, without=without)
     assert result.returncode == 1 and len(result.stderr.strip().splitlines()) == 1, result.stderr
-    assert without in result.stderr and f"pip install -e '.[{extra}]'" in result.stderr
+    assert without in result.stderr and f"pip install -e '{ROOT}[{extra}]'" in result.stderr
 
 
 @pytest.mark.parametrize("words", [["cook"], ["train", "cook"], ["serve", "--cook"], ["download", "--model", "cook"]])
