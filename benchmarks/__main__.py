@@ -9,12 +9,12 @@ Figures go to benchmarks/results, to a folder for each CPU, plots and tables to 
 build/benchmarks/quick instead.
 """
 
-import argparse
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+from common.options import Parser
 from common.package import ROOT
 
 from .measure import SHARED, cpu_name
@@ -35,7 +35,7 @@ NEED_DATA = ["tokenizer", "quantization_quality", "evaluation"]  # texts that ar
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("names", nargs="*", metavar="name", help=f"of {', '.join(NAMES)}; all of them by default")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--work", type=Path, default=ROOT / "build/benchmarks", help="where weights are written")

@@ -19,6 +19,7 @@ import torch
 import transformers
 from transformers.generation.streamers import BaseStreamer
 
+from common.options import Parser
 from common.package import ROOT, product
 
 
@@ -28,7 +29,7 @@ PEERS = {"llama-cpp-python": "llama_cpp", "bitsandbytes": "bitsandbytes"}  # pac
 
 def options(description: str, rounds: int) -> argparse.ArgumentParser:
     """Returns a parser with the options that all benchmarks have."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description)
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs; no figures to compare")
     parser.add_argument("--rounds", type=int, default=rounds, help=f"how often the systems take turns ({rounds})")
     parser.add_argument("--work", type=Path, default=ROOT / "build/benchmarks", help="where weights are written")

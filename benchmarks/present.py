@@ -4,12 +4,12 @@ Makes what people look at of the figures: docs/benchmarks.md with a table and a 
     python -m benchmarks.present
 """
 
-import argparse
 import json
 import re
 import sys
 from pathlib import Path
 
+from common.options import Parser
 from common.package import ROOT
 
 
@@ -418,7 +418,7 @@ def machine(figures: dict) -> str:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs")
     args = parser.parse_args()

@@ -8,7 +8,6 @@ Some hang up in the middle, and two send what is no request. Greedy answers to t
 the server, with the small model and at a free port of this machine, and stops it.
 """
 
-import argparse
 import http.client
 import itertools
 import json
@@ -24,6 +23,7 @@ from pathlib import Path
 import openai
 import psutil
 
+from common.options import Parser
 from common.package import ROOT
 
 from .measure import report
@@ -120,7 +120,7 @@ def ask(address: str, seed: int, until: float, counts: dict, lock: threading.Loc
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--continuous-batching", action="store_true", help="of the server")

@@ -9,12 +9,13 @@ from pickle import UnpicklingError
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import logging
 
 from .files import read_json
-from .package import product
+from .hub import is_hub_name, local_folder
+from .package import DEFAULTS, ROOT, product
 
 
 logger = logging.get_logger(__name__)
@@ -31,27 +32,35 @@ UNREADABLE = (
 )  # fmt: skip
 
 
-def load(auto_class, name: str | Path, may_lack: tuple[str, ...] = (), **options):
+def load(auto_class, name: str | Path, may_lack: tuple[str, ...] = (), checkpoint_code: bool = False, **options):
     """
-    Loads a model of a folder or of the Hub by `auto_class.from_pretrained`.
+    Loads a model of a folder or of the Hub, as `auto_class.from_pretrained` does, but with this package's code.
 
     Args:
         may_lack: Parts of the names of weights that the files need not have.
+        checkpoint_code: Run the code in the folder instead, as `trust_remote_code` does.
 
     Raises:
-        ValueError: if a file is missing or damaged, a field of config.json is wrong, or a weight has another shape or is
-            missing, which would be random.
-        OSError: if there is no such model.
+        ValueError: if there is no such model, a file is missing or damaged, a field of config.json is wrong, or a weight has
+            another shape or is missing, which would be random.
     """
-    folder = Path(name)
-    if folder.is_dir() and not (folder / "adapter_config.json").exists():  # of PEFT, which the library reads by itself
-        if read_json(folder / "config.json").get("model_type", "chatglm") == "chatglm":
-            read_config(folder)
+    folder = base = local_folder(name, options.pop("revision", None))
+    if (folder / "adapter_config.json").exists():  # of PEFT, which the library reads by itself
+        base = local_folder(read_json(folder / "adapter_config.json").get("base_model_name_or_path") or folder)
+    else:
         weight_files(folder)
-    options.update(trust_remote_code=True, output_loading_info=True, ignore_mismatched_sizes=True)
+    loader = auto_class
+    if is_chatglm(base):
+        config = options.pop("config", None) or load_config(base, checkpoint_code)
+        options["config"] = config
+        if not checkpoint_code:
+            loader = package_class(auto_class.__name__)
+    options.update(output_loading_info=True, ignore_mismatched_sizes=True)
+    if loader is auto_class:
+        options["trust_remote_code"] = checkpoint_code
     with without_loading_report():
         try:
-            model, found = auto_class.from_pretrained(name, **options)
+            model, found = loader.from_pretrained(folder, **options)
         except UNREADABLE as error:
             raise ValueError(
                 f"{name} cannot be loaded: {type(error).__name__}: {' '.join(str(error).split())}"
@@ -69,7 +78,54 @@ def load(auto_class, name: str | Path, may_lack: tuple[str, ...] = (), **options
         raise ValueError(f"{name} lacks {name_some(missing)}, which would be random. {hint}")
     if found["unexpected_keys"]:
         logger.warning(f"{name} has {name_some(sorted(found['unexpected_keys']))}, which the model does not use.")
+    if is_hub_name(name):
+        model.config.name_or_path = model.name_or_path = str(name)  # not the cache's folder: adapters keep it
     return model
+
+
+def package_class(auto_class: str):
+    """Returns this package's class for one of the library's `Auto...` names. What is saved of it has the code beside it."""
+    name = read_json(ROOT / ("tokenizer_config.json" if auto_class == "AutoTokenizer" else "config.json"))["auto_map"]
+    name = name[auto_class]
+    loaded = product(name if isinstance(name, str) else name[0])
+    loaded.register_for_auto_class(auto_class)
+    return loaded
+
+
+def load_config(name: str | Path, checkpoint_code: bool = False, revision: str | None = None, **fields):
+    """
+    Returns the configuration of a folder or of a name on the Hub, with `fields` changed.
+
+    Raises:
+        ValueError: if there is no such folder, or a field of config.json is wrong.
+    """
+    folder = local_folder(name, revision)
+    if checkpoint_code or not is_chatglm(folder):
+        return AutoConfig.from_pretrained(folder, trust_remote_code=checkpoint_code, **fields)
+    read_config(folder)
+    config = package_class("AutoConfig").from_pretrained(folder, **fields)
+    config.auto_map = read_json(ROOT / "config.json")["auto_map"]  # that of the folder may name code on the Hub
+    return config
+
+
+def is_chatglm(folder: Path) -> bool:
+    """Whether a folder holds a ChatGLM2, or its tokenizer; the published config.json does not say."""
+    check_links(folder)
+    if (folder / "config.json").exists():
+        return read_json(folder / "config.json").get("model_type", "chatglm") == "chatglm"
+    path = folder / "tokenizer_config.json"
+    return path.exists() and read_json(path).get("tokenizer_class") == "ChatGLMTokenizer"
+
+
+def check_links(folder: Path):
+    """Raises ValueError if Git wrote the folder's symbolic links as files, as it does on Windows by default."""
+    for name in DEFAULTS:
+        path = folder / name
+        if path.is_file() and path.stat().st_size < 100 and path.read_bytes().startswith(b"../"):
+            raise ValueError(
+                f"{path} is a symbolic link that Git wrote as a plain file. Write the files with "
+                f'`python -m conversion.upgrade "{folder}"`, or clone with `git clone -c core.symlinks=true`.'
+            )
 
 
 @contextmanager
@@ -87,23 +143,41 @@ def without_loading_report() -> Iterator[None]:
         reporter.removeFilter(is_no_report)
 
 
-def load_tokenizer(name: str | Path, **options):
+def load_tokenizer(name: str | Path, checkpoint_code: bool = False, revision: str | None = None, **options):
     """
+    Loads the tokenizer of a folder or of the Hub, with this package's code unless `checkpoint_code`.
+
     Raises:
-        ValueError: if a file of the tokenizer is missing or damaged.
-        OSError: if there is no such tokenizer.
+        ValueError: if there is no such folder, or a file of the tokenizer is missing or damaged.
     """
-    for file in ("tokenizer_config.json", "tokenizer.model"):
-        if Path(name).is_dir() and not (Path(name) / file).is_file():
-            raise ValueError(f"{Path(name) / file} is missing. Copy it there: it is published beside the weights.")
+    folder = local_folder(name, revision)
+    loader = AutoTokenizer
+    if is_chatglm(folder):
+        check_tokenizer(folder)
+        if not checkpoint_code:
+            loader = package_class("AutoTokenizer")
+    if loader is AutoTokenizer:
+        options["trust_remote_code"] = checkpoint_code
     try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=True, **options)
+        tokenizer = loader.from_pretrained(folder, **options)
     except (ValueError, *UNREADABLE) as error:
         message = " ".join(str(error).split())
         raise ValueError(
             f"The tokenizer of {name} cannot be loaded from tokenizer_config.json, tokenizer.model and what is beside them: "
             f"{message}"
         ) from error
+    if tokenizer.chat_template is None and loader is not AutoTokenizer:
+        tokenizer.chat_template = (ROOT / "chat_template.jinja").read_text(encoding="utf-8")
+    return tokenizer
+
+
+def check_tokenizer(folder: Path):
+    """Raises ValueError if a checkpoint folder has no tokenizer."""
+    if not (folder / "tokenizer.model").is_file():
+        raise ValueError(
+            f"{folder / 'tokenizer.model'} is missing, and without it the folder has no tokenizer. Copy it there from the "
+            "model that this one was made from: it is published beside the weights."
+        )
 
 
 def name_some(names: list[str]) -> str:
@@ -113,9 +187,7 @@ def name_some(names: list[str]) -> str:
 
 def check_folder(folder: Path) -> Path:
     if not folder.is_dir():
-        raise ValueError(
-            f"There is no folder {folder}. A model of the Hub is downloaded by `hf download NAME --local-dir {folder}`."
-        )
+        raise ValueError(f"There is no folder {folder}. Give a folder, or a name on the Hub (OWNER/NAME).")
     return folder
 
 

@@ -4,8 +4,15 @@ import signal
 import sys
 import threading
 from contextlib import contextmanager
+from pathlib import Path
 
 from safetensors import SafetensorError
+
+from .package import ROOT
+
+
+# What was typed instead of `python -m MODULE`, set by chatglm2.py
+command: str | None = None
 
 
 @contextmanager
@@ -24,16 +31,29 @@ def plain_errors(extra: str):
             if number is not None and signal.getsignal(number) is signal.SIG_DFL:
                 ours[number] = signal.signal(number, end)
     try:
-        yield
+        with needs_extra(extra):
+            yield
     except (ValueError, OSError, MemoryError, FloatingPointError, SafetensorError) as error:
         raise SystemExit(one_line(error)) from error
-    except ImportError as error:
-        raise SystemExit(f"{one_line(error)}. pip install -e '.[{extra}]'") from error
     except KeyboardInterrupt:
         raise SystemExit(128 + signal.SIGINT) from None
     finally:
         for number, handler in ours.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def needs_extra(extra: str):
+    """For imports of a command: a package that is not installed ends it with one line that names the extra."""
+    try:
+        yield
+    except ImportError as error:
+        raise SystemExit(f"{one_line(error)}. {how_to_install(extra)}") from error
+
+
+def how_to_install(extra: str) -> str:
+    """Returns the command that installs an extra of setup.cfg, from the folder that this is."""
+    return f"pip install -e '{'.' if Path.cwd() == ROOT else ROOT}[{extra}]'"
 
 
 def end(number: int, frame):
@@ -47,6 +67,6 @@ def one_line(error: Exception) -> str:
 
 
 def program_name() -> str:
-    """`conversion.to_glm`, say, as it is typed after `python -m`."""
+    """`conversion.to_glm`, say, as it is typed after `python -m`; or `chatglm2 convert to_glm`, where that was typed."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return spec.name if spec is not None else "error"
+    return command or (spec.name.removesuffix(".__main__") if spec is not None else "error")

@@ -9,7 +9,6 @@ import argparse
 import asyncio
 import contextlib
 import ipaddress
-import os
 import secrets
 import socket
 import sys
@@ -22,7 +21,6 @@ from starlette.responses import JSONResponse
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from common.http_errors import error_response
-from common.load_model import at_least
 
 
 SECONDS = 30  # for the headers of a request, for its body, and between requests
@@ -30,32 +28,6 @@ SECONDS_TO_READ = 60  # for a client to take what is sent to it
 MAX_IDLE = 400  # connections without a whole request: when there are more, the oldest is closed
 MAX_REQUESTS = 500  # at once: more are answered with 503. Both together stay below the usual limit of 1,024 open files
 OPEN_PATHS = ("/health", "/docs", "/openapi.json")  # no API key needed
-
-
-def add_server_options(parser: argparse.ArgumentParser, port: int):
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: other machines too (default: this one only)")
-    parser.add_argument(
-        "--port",
-        type=at_least(0, maximum=65535, number=int),
-        default=port,
-        help="0: any free one; default: %(default)s",
-    )
-    parser.add_argument(
-        "--max-body", type=at_least(1, number=int), default=1 << 20, help="bytes of a request; default: 1 MiB"
-    )
-    parser.add_argument(
-        "--api-key", default=os.environ.get("API_KEY"), help="that clients have to send (default: $API_KEY, or none)"
-    )
-    parser.add_argument(
-        "--allowed-hosts",
-        nargs="+",
-        default=[],
-        metavar="NAME",
-        help="names by which clients may call this server, besides localhost and IP addresses; '*': any",
-    )
-    parser.add_argument(
-        "--cors", nargs="+", default=[], metavar="ORIGIN", help="web pages that may use this server; '*': any"
-    )
 
 
 def listen(host: str, port: int) -> socket.socket:

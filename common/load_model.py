@@ -1,7 +1,8 @@
-"""The options of all examples that say which model to load and how, and the loading, with errors that fit on a line."""
+"""Loading the model that the options ask for, with errors that fit on a line."""
 
 import argparse
 import asyncio
+import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -9,36 +10,12 @@ import torch
 from transformers import AutoModel
 from transformers.utils import logging
 
-from common import checkpoint
-from common.package import TINY
+from . import checkpoint
+from .hub import local_folder
+from .options import QUANTIZATIONS
 
 
-DTYPES = ["float32", "bfloat16", "float16"]
-
-
-def add_model_options(parser: argparse.ArgumentParser):
-    parser.add_argument("--model", default=str(TINY), help="folder or Hub id (default: checkpoints/tiny)")
-    parser.add_argument(
-        "--device", help="cpu, cuda, cuda:1, mps, or auto: all GPUs (default: the first GPU, or the CPU)"
-    )
-    parser.add_argument("--dtype", choices=DTYPES, help="default: float32 on the CPU, elsewhere the checkpoint's")
-    parser.add_argument("--quantization", choices=["int8", "int4"], help="quantize the weights while they load")
-
-
-def at_least(minimum: float, above: bool = False, maximum: float = float("inf"), number: type = float):
-    """Returns a type for argparse: a number that is at least, or above, `minimum`, and at most `maximum`."""
-
-    def parse(text: str):
-        value = number(text)
-        if not minimum <= value <= maximum or (above and value == minimum):
-            limit = f"{'above' if above else 'at least'} {minimum:g}"
-            raise argparse.ArgumentTypeError(
-                f"{text}: must be {limit}" + (f" and at most {maximum:g}" if maximum < float("inf") else "")
-            )
-        return value
-
-    parse.__name__ = "number"  # argparse says "invalid number value" of what is none
-    return parse
+LARGE = 1_000_000_000  # bytes
 
 
 def load_model(args: argparse.Namespace):
@@ -48,13 +25,14 @@ def load_model(args: argparse.Namespace):
     Raises:
         SystemExit: With one line that says what is wrong with which option, before anything is loaded where possible.
     """
-    logging.disable_progress_bar()
-    path = Path(args.model)
-    is_hub_id = args.model.count("/") == 1 and not path.is_absolute() and not args.model.startswith(".")
-    if not (path / "config.json").is_file() and (path.exists() or not is_hub_id):
-        raise SystemExit(
-            f"--model {args.model}: no model there. Give a folder with config.json, or a Hub id (owner/name)."
-        )
+    try:
+        folder = local_folder(args.model)
+    except ValueError as error:
+        raise SystemExit(f"--model {args.model}: {error}") from None
+    if not shows_progress(folder):
+        logging.disable_progress_bar()
+    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise SystemExit(f"--model {args.model}: there is no config.json in it. Give a complete checkpoint folder.")
     device = default_device() if args.device is None else args.device
     if device == "meta":
         raise SystemExit("--device meta: there is no memory on it to compute with.")
@@ -68,18 +46,25 @@ def load_model(args: argparse.Namespace):
     dtype = args.dtype or ("float32" if device == "cpu" else "auto")  # CPUs compute slowly in float16
     options = {}
     if args.quantization:
-        options["quantization_config"] = {"quant_method": "chatglm", "bits": int(args.quantization.removeprefix("int"))}
+        options["quantization_config"] = {"quant_method": "chatglm", "bits": QUANTIZATIONS[args.quantization]}
     try:
-        if path.is_dir():
-            checkpoint.read_config(path)
-        tokenizer = checkpoint.load_tokenizer(args.model)
-        model = checkpoint.load(AutoModel, args.model, device_map=device, dtype=dtype, **options).eval()
+        if (folder / "config.json").is_file():
+            checkpoint.read_config(folder)
+        tokenizer = checkpoint.load_tokenizer(folder, args.checkpoint_code)
+        options.update(checkpoint_code=args.checkpoint_code, device_map=device, dtype=dtype)
+        model = checkpoint.load(AutoModel, args.model, **options).eval()
     except (OSError, ValueError, MemoryError, *checkpoint.UNREADABLE) as error:
         message = " ".join(str(error).split()) or type(error).__name__
         raise SystemExit(f"--model {args.model}: {message}") from None
     if not hasattr(model, "stream_chat"):
         raise SystemExit(f"--model {args.model}: a model of type {model.config.model_type}, not ChatGLM2 (chatglm).")
     return model, tokenizer
+
+
+def shows_progress(folder: Path) -> bool:
+    """Whether to show how far the loading is: in a terminal, of weights that take more than a moment."""
+    weights = (path for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern))
+    return sys.stderr is not None and sys.stderr.isatty() and sum(path.stat().st_size for path in weights) > LARGE
 
 
 def default_device() -> str:

@@ -13,8 +13,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from common.checkpoint import name_some, read_config, weight_files
+from common.checkpoint import check_tokenizer, name_some, read_config, weight_files
 from common.files import read_json
+from common.hub import local_folder
 from common.package import DEFAULTS, ROOT, copy_code, module_of, product
 
 
@@ -27,9 +28,10 @@ SHARD_BYTES = 2_000_000_000
 
 class Checkpoint:
     """
-    A folder with weights of ChatGLM2, as `.bin` or safetensors, in one file or several.
+    A folder with weights of ChatGLM2, or a name on the Hub, as `.bin` or safetensors, in one file or several.
 
     Attributes:
+        folder: Where the files are.
         config: The `ChatGLMConfig` of the folder.
         names: `{name: meta tensor}` of all weights, without the published `inv_freq`.
         quantized: `{layer: its quantized layer without data}`; empty if the checkpoint is not quantized.
@@ -38,8 +40,8 @@ class Checkpoint:
         ValueError: if a file is missing or damaged, or the weights are not those that config.json describes.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, name: str | Path):
+        self.folder = folder = local_folder(name)
         self.config_dict, self.config = read_config(folder)
         model = meta_model(self.config)
         self.quantized = quantized_layers(model)
@@ -212,8 +214,7 @@ def write_package(folder: Path, source: Path, config: dict, settings: tuple[str,
     shared = {name: published[name] for name in ("model_type", "auto_map")}
     (folder / "config.json").write_text(json.dumps({**config, **shared}, indent=2, ensure_ascii=False) + "\n")
     copy_code(folder)
-    if not (source / "tokenizer.model").exists():
-        raise ValueError(f"{source} has no tokenizer.model. Copy it there: it is published beside the weights.")
+    check_tokenizer(source)
     for name in ("tokenizer.model", *settings):
         if (source / name).exists():
             shutil.copy(source / name, folder)

@@ -9,7 +9,6 @@ Downloads a checkpoint, checks it, and puts this package's code beside it:
 Interrupted, the same command goes on where it was. Every file is compared with the checksum that the source gives for it.
 """
 
-import argparse
 import errno
 import hashlib
 import os
@@ -18,9 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from common.errors import plain_errors
+from common.errors import how_to_install, plain_errors
 from common.files import only_run
 from common.hub import wanted_files
+from common.options import Parser
 from common.package import ROOT
 
 from . import upgrade
@@ -79,7 +79,7 @@ def modelscope(name: str, revision: str | None) -> Source:
     try:
         from modelscope_hub import HubApi, get_default_config
     except ImportError as error:
-        raise ValueError(f"{error}. pip install -e '.[modelscope]'") from None
+        raise ValueError(f"{error}. {how_to_install('modelscope')}") from None
 
     name = ON_MODELSCOPE.get(name, name)
     api = HubApi()
@@ -200,7 +200,7 @@ def gigabytes(size: int) -> str:
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--model", default=PUBLISHED, help="a name on the Hub, OWNER/NAME (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="the folder to write (default: checkpoints/NAME)")
     parser.add_argument("--source", choices=list(SOURCES), default="huggingface", help="default: %(default)s")

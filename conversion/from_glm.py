@@ -6,7 +6,6 @@ Converts a `GlmForCausalLM` checkpoint to ChatGLM2's: what `conversion.to_glm` w
 Needs ChatGLM2's tokenizer.model in the folder, where `conversion.to_glm` put it.
 """
 
-import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +16,8 @@ from common.checkpoint import check_folder, weight_files
 from common.errors import plain_errors
 from common.files import new_folder, read_json
 from common.glm import fuse_query_key_value, glm_names
+from common.hub import local_folder
+from common.options import Parser, add_output_option
 from common.package import ROOT, product
 
 from .checkpoint import as_published, check_names, meta_model, with_progress, write_package, write_weights
@@ -81,7 +82,8 @@ def chatglm_tensors(files: list[Path], names: dict[str, torch.Tensor], model) ->
             yield name, fuse_query_key_value([parts[part] for part in sources[name]], model.config)
 
 
-def convert(model: Path, output: Path):
+def convert(model: str | Path, output: Path):
+    model = local_folder(model)
     glm_config, fields = chatglm_config(model)
     with torch.device("meta"):
         names = check_names(files := weight_files(model), GlmForCausalLM(glm_config))
@@ -92,9 +94,9 @@ def convert(model: Path, output: Path):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="a folder with a GlmForCausalLM")
-    parser.add_argument("--output", type=Path, required=True, help="the folder to write")
+    parser = Parser(__doc__)
+    parser.add_argument("--model", required=True, help="a folder with a GlmForCausalLM, or OWNER/NAME on the Hub")
+    add_output_option(parser)
     args = parser.parse_args(argv)
     with plain_errors("conversion"):
         convert(args.model, args.output)

@@ -1,8 +1,8 @@
 """
 Assembles the folder of a Hub repository from a checkpoint, checks it, and uploads it:
 
-    make hub-repo WEIGHTS=path/to/chatglm2-6b OUT=build/hub/chatglm2-6b
-    make hub-repo OUT=build/hub/chatglm2-6b ARGS="--push NAME/chatglm2-6b"      # what is there, as it is now
+    make hub-repo MODEL=path/to/chatglm2-6b OUTPUT=build/hub/chatglm2-6b
+    make hub-repo OUTPUT=build/hub/chatglm2-6b ARGS="--push NAME/chatglm2-6b"      # what is there, as it is now
 
 The folder gets this package's code, the checkpoint's configuration and tokenizer, its weights as links, and a model card: the
 checkpoint's README.md if that names a licence, or else a new one. It is checked by loading it and answering a prompt in a process of its own, offline, that
@@ -10,7 +10,6 @@ sees only the packages that setup.cfg declares. What fails is not pushed. A repo
 first; log in by `hf auth login`.
 """
 
-import argparse
 import configparser
 import importlib.metadata
 import os
@@ -30,6 +29,8 @@ from packaging.requirements import Requirement
 from common.checkpoint import check_folder, weight_files
 from common.errors import plain_errors
 from common.files import new_folder, read_json
+from common.hub import local_folder
+from common.options import Parser
 from common.package import ROOT
 
 from .checkpoint import Checkpoint, write_package
@@ -223,14 +224,16 @@ def push(folder: Path, repository: str) -> str:
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", type=Path, help="a checkpoint folder; without, --output is there already")
+    parser = Parser(__doc__)
+    parser.add_argument(
+        "--model", help="a checkpoint folder, or OWNER/NAME on the Hub; without, --output is there already"
+    )
     parser.add_argument("--output", type=Path, required=True, help="the folder of the repository")
     parser.add_argument("--push", metavar="REPOSITORY", help="NAME/MODEL on the Hub")
     args = parser.parse_args(argv)
     with plain_errors("conversion"):
-        if args.weights is not None:
-            assemble(args.weights, args.output, args.push)
+        if args.model is not None:
+            assemble(local_folder(args.model), args.output, args.push)
         read_json(check_folder(args.output) / "config.json")
         print(f"{args.output} works: {GREETING} → {validate(args.output)}")
         if args.push:

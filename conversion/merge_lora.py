@@ -8,7 +8,6 @@ Without `--model`, the model that the adapters were trained on, whose path is in
 dequantized: adapters fit the weights that they were trained over. Needs the package `peft`, and memory for the model.
 """
 
-import argparse
 from pathlib import Path
 
 from peft import PeftConfig, PeftModel
@@ -17,6 +16,7 @@ from safetensors import SafetensorError
 from common.checkpoint import check_folder
 from common.errors import plain_errors
 from common.files import new_folder
+from common.options import Parser, add_output_option
 
 from .checkpoint import Checkpoint, as_published, meta_model, write_package, write_weights
 
@@ -24,7 +24,7 @@ from .checkpoint import Checkpoint, as_published, meta_model, write_package, wri
 ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
-def convert(adapter: Path, output: Path, model: Path | None = None):
+def convert(adapter: Path, output: Path, model: str | Path | None = None):
     if not (check_folder(adapter) / "adapter_config.json").exists():
         raise ValueError(f"{adapter} has no adapter_config.json: give the folder that PEFT saved adapters to.")
     if not any((adapter / name).exists() for name in ADAPTERS):
@@ -39,8 +39,9 @@ def convert(adapter: Path, output: Path, model: Path | None = None):
         )
     if model is None and not config.base_model_name_or_path:
         raise ValueError(f"{adapter} does not say what model it is for: give it with --model.")
-    model = model or Path(config.base_model_name_or_path)
+    model = model or config.base_model_name_or_path
     checkpoint = Checkpoint(model)
+    model = checkpoint.folder
     with new_folder(output) as folder:
         changed = {
             name: value for name, value in checkpoint.config_dict.items() if not name.startswith("quantization_")
@@ -57,10 +58,10 @@ def convert(adapter: Path, output: Path, model: Path | None = None):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--adapter", type=Path, required=True, help="the folder of the adapters")
-    parser.add_argument("--model", type=Path, help="the checkpoint folder that they belong to")
-    parser.add_argument("--output", type=Path, required=True, help="the folder to write")
+    parser.add_argument("--model", help="the checkpoint that they belong to: a folder, or OWNER/NAME on the Hub")
+    add_output_option(parser)
     args = parser.parse_args(argv)
     with plain_errors("conversion"):
         convert(args.adapter, args.output, args.model)

@@ -1,13 +1,12 @@
 """
 Writes a checkpoint in INT4 or INT8 (docs/quantize.md), in the published format unless an option says otherwise:
 
-    python -m conversion.quantize --model path/to/chatglm2-6b --output chatglm2-6b-int4 --bits 4
-    python -m conversion.quantize ... --bits 4 --calibration dialogues.txt     # rounds for the kind of text in there
+    python -m conversion.quantize --model path/to/chatglm2-6b --output chatglm2-6b-int4
+    python -m conversion.quantize ... --calibration dialogues.txt     # rounds for the kind of text in there
 
 One tensor is in memory at a time; with a calibration text, which the layers have to compute, the whole model is.
 """
 
-import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +14,8 @@ import torch
 
 from common.errors import plain_errors
 from common.files import new_folder
-from common.package import TINY, module_of, product
+from common.options import QUANTIZATIONS, Parser, add_model_option, add_output_option
+from common.package import module_of, product
 
 from .checkpoint import Checkpoint, as_published, meta_model, write_package, write_weights
 
@@ -61,12 +61,13 @@ def calibration_ids(path: Path, tokenizer) -> list[torch.LongTensor]:
     return [torch.tensor([row]) for row in rows]
 
 
-def convert(model: Path, output: Path, bits: int, calibration: Path | None = None, **options):
+def convert(model: str | Path, output: Path, bits: int, calibration: Path | None = None, **options):
     """
     Args:
         options: Those of `ChatGLMQuantizationConfig`.
     """
     checkpoint = Checkpoint(model)
+    model = checkpoint.folder
     if checkpoint.quantized:
         raise ValueError(f"{model} is quantized already. Give the checkpoint that it was made from.")
     empty = meta_model(checkpoint.config)
@@ -87,10 +88,10 @@ def convert(model: Path, output: Path, bits: int, calibration: Path | None = Non
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=TINY, help="a checkpoint folder (default: checkpoints/tiny)")
-    parser.add_argument("--output", type=Path, required=True, help="the folder to write")
-    parser.add_argument("--bits", type=int, choices=[4, 8], default=4, help="default: %(default)s")
+    parser = Parser(__doc__)
+    add_model_option(parser)
+    add_output_option(parser)
+    parser.add_argument("--quantization", choices=list(QUANTIZATIONS), default="int4", help="default: %(default)s")
     parser.add_argument("--calibration", type=Path, help="a text in UTF-8 of the kind that the model is for")
     parser.add_argument("--scale-search", action="store_true", help="scales with the least squared error")
     parser.add_argument(
@@ -98,9 +99,9 @@ def main(argv=None):
     )
     parser.add_argument("--quantize-embeddings", action="store_true", help="embedding and output layer in INT8")
     parser.add_argument("--modules-to-not-convert", nargs="+", metavar="NAME", help="layers to leave as they are")
-    args = parser.parse_args(argv)
+    args = vars(parser.parse_args(argv))
     with plain_errors("conversion"):
-        convert(**vars(args))
+        convert(bits=QUANTIZATIONS[args.pop("quantization")], **args)
 
 
 if __name__ == "__main__":

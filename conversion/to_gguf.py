@@ -11,7 +11,6 @@ The format is that of llama.cpp's architecture `chatglm` (its conversion/chatglm
 `conversion.to_glm`, the tokens `sop` and `eop` are called `<sop>` and `<eop>`: llama.cpp finds special tokens inside words.
 """
 
-import argparse
 import re
 from pathlib import Path
 
@@ -22,7 +21,8 @@ import torch
 from common.errors import plain_errors
 from common.files import new_file
 from common.glm import rope_parameters, split_query_key_value
-from common.package import TINY, product
+from common.options import Parser, add_model_option, add_output_option
+from common.package import product
 
 from .checkpoint import Checkpoint
 from .to_glm import RENAMED_TOKENS, rename_prompt_tokens
@@ -103,8 +103,9 @@ def tensor_type(name: str, tensor: torch.Tensor, wanted: gguf.GGMLQuantizationTy
     return kinds.Q8_0 if wanted == kinds.Q4_0 and not name.startswith("blk.") else wanted
 
 
-def convert(model: Path, output: Path, kind: str = "f16"):
+def convert(model: str | Path, output: Path, kind: str = "f16"):
     checkpoint = Checkpoint(model)
+    model = checkpoint.folder
     checkpoint.check_standard("llama.cpp")
     config = checkpoint.config
     tokenizer = product("tokenization_chatglm.ChatGLMTokenizer").from_pretrained(model)
@@ -149,9 +150,9 @@ def convert(model: Path, output: Path, kind: str = "f16"):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=TINY, help="a checkpoint folder (default: checkpoints/tiny)")
-    parser.add_argument("--output", type=Path, required=True, help="the file to write")
+    parser = Parser(__doc__)
+    add_model_option(parser)
+    add_output_option(parser, "the file to write")
     parser.add_argument("--type", choices=TYPES, default="f16", help="default: %(default)s")
     args = parser.parse_args(argv)
     with plain_errors("conversion"):

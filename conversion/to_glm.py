@@ -10,7 +10,6 @@ The tokens `sop` and `eop` are called `<sop>` and `<eop>` there, as in GLM-4: th
 and would find the former in "sophisticated".
 """
 
-import argparse
 import json
 import shutil
 from pathlib import Path
@@ -21,7 +20,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 from common.errors import plain_errors
 from common.files import new_folder
 from common.glm import glm_config, glm_tensors
-from common.package import TINY, product
+from common.options import Parser, add_model_option, add_output_option
+from common.package import product
 
 from .checkpoint import Checkpoint, write_weights
 
@@ -60,8 +60,9 @@ def native_tokenizer(tokenizer) -> PreTrainedTokenizerFast:
     )
 
 
-def convert(model: Path, output: Path):
+def convert(model: str | Path, output: Path):
     checkpoint = Checkpoint(model)
+    model = checkpoint.folder
     checkpoint.check_standard("GlmForCausalLM")
     tokenizer = product("tokenization_chatglm.ChatGLMTokenizer").from_pretrained(model)
     config = glm_config(checkpoint.config)
@@ -74,9 +75,9 @@ def convert(model: Path, output: Path):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=TINY, help="a checkpoint folder (default: checkpoints/tiny)")
-    parser.add_argument("--output", type=Path, required=True, help="the folder to write")
+    parser = Parser(__doc__)
+    add_model_option(parser)
+    add_output_option(parser)
     args = parser.parse_args(argv)
     with plain_errors("conversion"):
         convert(args.model, args.output)

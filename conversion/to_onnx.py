@@ -9,7 +9,6 @@ One graph computes a step of any number of tokens after any number of cached one
 `.value`, the next step's past. All is in float32. Needs `onnx` and `onnxscript`, and memory for the model.
 """
 
-import argparse
 import shutil
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from transformers.cache_utils import DynamicCache
 from common.checkpoint import CACHE
 from common.errors import plain_errors
 from common.files import new_folder
-from common.package import TINY
+from common.options import Parser, add_model_option, add_output_option
 
 from .checkpoint import SETTINGS, Checkpoint, is_language_model, meta_model
 
@@ -64,8 +63,9 @@ def export(model, path: Path):
     program.save(path, external_data=True)
 
 
-def convert(model: Path, output: Path):
+def convert(model: str | Path, output: Path):
     checkpoint = Checkpoint(model)
+    model = checkpoint.folder
     if checkpoint.config.pre_seq_len is not None or not is_language_model(checkpoint.config):
         raise ValueError(f"{model}: only language models without a P-Tuning prefix (pre_seq_len) can be exported.")
     with new_folder(output) as folder:
@@ -79,9 +79,9 @@ def convert(model: Path, output: Path):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=TINY, help="a checkpoint folder (default: checkpoints/tiny)")
-    parser.add_argument("--output", type=Path, required=True, help="the folder to write")
+    parser = Parser(__doc__)
+    add_model_option(parser)
+    add_output_option(parser)
     args = parser.parse_args(argv)
     with plain_errors("conversion"):
         convert(args.model, args.output)

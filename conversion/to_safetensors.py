@@ -7,18 +7,18 @@ The values are the same to the bit; `inv_freq`, which nothing reads, is computed
 package's code. Quantized checkpoints are taken too.
 """
 
-import argparse
 from pathlib import Path
 
 from common.errors import plain_errors
 from common.files import new_folder
-from common.package import TINY
+from common.options import Parser, add_model_option, add_output_option
 
 from .checkpoint import SHARD_BYTES, Checkpoint, as_published, write_package, write_weights
 
 
-def convert(model: Path, output: Path, shard_bytes: int = SHARD_BYTES):
+def convert(model: str | Path, output: Path, shard_bytes: int = SHARD_BYTES):
     checkpoint = Checkpoint(model)
+    model = checkpoint.folder
     with new_folder(output) as folder:
         write_package(folder, model, checkpoint.config_dict)
         tensors = as_published(checkpoint.tensors("Writing safetensors"), checkpoint.config)
@@ -26,9 +26,9 @@ def convert(model: Path, output: Path, shard_bytes: int = SHARD_BYTES):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=TINY, help="a checkpoint folder (default: checkpoints/tiny)")
-    parser.add_argument("--output", type=Path, required=True, help="the folder to write")
+    parser = Parser(__doc__)
+    add_model_option(parser)
+    add_output_option(parser)
     args = parser.parse_args(argv)
     with plain_errors("conversion"):
         convert(args.model, args.output)

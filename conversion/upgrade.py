@@ -8,7 +8,6 @@ Each file that is replaced is kept beside the new one, as NAME.old. Weights, tok
 folder may be one of the Hub's cache, whose files are links: links are replaced, not written through.
 """
 
-import argparse
 import hashlib
 import json
 import os
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from common.errors import plain_errors
 from common.files import read_json, write_json
+from common.options import Parser
 from common.package import CODE, DEFAULTS, ROOT
 
 
@@ -140,7 +140,7 @@ def sha256(data: bytes) -> str:
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("folder", type=Path, help="a checkpoint folder")
     parser.add_argument("--undo", action="store_true", help="remove this package's code and put the old files back")
     args = parser.parse_args(argv)

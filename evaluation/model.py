@@ -74,13 +74,17 @@ class EvaluatedModel(HFLM):
         texts = (request.args[0] for request in requests)
         return [sum(score for score, _ in self._loglikelihood_tokens(self.windows(text))) for text in texts]
 
+    max_windows = None  # of a text: the first ones only
+
     def windows(self, text: str) -> list[tuple[None, list[int], list[int]]]:
-        """Returns (None, ids before, ids to predict) for each window; together they predict every token once."""
+        """Returns (None, ids before, ids to predict) for each window; together they predict every token once, of the first
+        `max_windows` if that is set."""
         special = self.tokenizer.encode("")
         size = min(WINDOW, self.max_length) - len(special)
         tokens = self.tokenizer.encode(text, add_special_tokens=False)
         windows = map(make_disjoint_window, get_rolling_token_windows(tokens, special[-1], size, size // 2))
-        return [(None, special + context[context[:1] == special[-1:] :], targets) for context, targets in windows]
+        windows = [(None, special + context[context[:1] == special[-1:] :], targets) for context, targets in windows]
+        return windows[: self.max_windows]
 
     def _by_shots(self, requests: list, run: Callable) -> list:
         """Runs requests with the same number of examples together, for they have those in common."""

@@ -4,7 +4,6 @@ Makes a report, Markdown and a plot, of one evaluation or several, beside the pu
     python -m evaluation.report build/evaluation/float build/evaluation/int4 --output build/evaluation/report
 """
 
-import argparse
 import json
 from collections import Counter
 from math import sqrt
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from common.errors import plain_errors
 from common.files import read_json, write_json
+from common.options import Parser, add_output_option
 
 from .data import SUBJECTS
 from .protocol import CHOICES, SUITES
@@ -288,9 +288,9 @@ def write_report(folders: list[Path], output: Path) -> Path:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("folders", nargs="+", type=Path, help="outputs of evaluation.run")
-    parser.add_argument("--output", type=Path, required=True)
+    add_output_option(parser)
     args = parser.parse_args()
     with plain_errors("evaluation"):
         print(write_report(args.folders, args.output))

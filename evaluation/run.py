@@ -19,15 +19,17 @@ from importlib.metadata import version
 from math import exp, log
 from pathlib import Path
 
-import torch
 from lm_eval import evaluate
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.utils import WEIGHTS_NAME
 
-from common.checkpoint import load, load_tokenizer
+from common.checkpoint import load, load_config, load_tokenizer
 from common.errors import plain_errors
 from common.files import LOCK, only_run, write_json
+from common.hub import is_hub_name
+from common.load_model import default_device
+from common.options import QUANTIZATIONS, Parser, add_model_options
 from common.prefix import load_prefix
 from common.settings import check_settings, weights_fingerprint
 
@@ -38,12 +40,11 @@ from .report import finished_tasks, write_report
 
 
 PUBLISHED = ["mmlu", "ceval", "gsm8k", "gsm8k_zh", "bbh"]
-BITS = {"int4": 4, "int8": 8}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="a folder, or a name on the Hub")
+    parser = Parser(__doc__)
+    add_model_options(parser, default=None)
     parser.add_argument(
         "--suite",
         nargs="+",
@@ -54,25 +55,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--protocol", choices=PROTOCOLS, default="chat", help="of a chat model (default) or a base model"
     )
-    parser.add_argument("--quantization", choices=list(BITS), help="the weights in the published INT4 or INT8")
-    parser.add_argument("--ptuning_checkpoint", metavar="DIR", help="a folder with a P-Tuning prefix for the model")
-    parser.add_argument("--limit", type=int, help="the first questions of each subject only")
+    parser.add_argument("--ptuning-checkpoint", metavar="DIR", help="a folder with a P-Tuning prefix for the model")
+    parser.add_argument("--limit", type=int, help="the first questions of each subject, and windows of each text, only")
     parser.add_argument("--data", help="a folder with the data sets; the Hub by default")
-    parser.add_argument("--gsm8k_zh", metavar="FILE", help="GSM8K in Chinese: .tsv as MGSM's, or .jsonl as GSM8K's")
+    parser.add_argument("--gsm8k-zh", metavar="FILE", help="GSM8K in Chinese: .tsv as MGSM's, or .jsonl as GSM8K's")
     parser.add_argument("--text", metavar="FILE", help="for perplexity, besides WikiText-2 and C-Eval: .txt or .jsonl")
     parser.add_argument("--output", required=True, type=Path, help="folder for results; goes on with what is there")
     parser.add_argument("--name", help="of the model, in the report (the last part of --model by default)")
     parser.add_argument(
-        "--batch_size", type=int, default=16, help="requests at once, halved where memory is too small (16)"
+        "--batch-size", type=int, default=16, help="requests at once, halved where memory is too small (16)"
     )
-    parser.add_argument(
-        "--dtype", choices=["float32", "float16", "bfloat16"], help="float32 on a CPU, else the checkpoint's"
-    )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     for name in ("limit", "batch_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     if args.data and not Path(args.data).is_dir():
         parser.error(
             f"there is no folder {args.data}: give that of the data sets with --data, or leave it out to use the Hub"
@@ -80,12 +76,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     prefix = args.ptuning_checkpoint and str(Path(args.ptuning_checkpoint, WEIGHTS_NAME))
     for name, path in (("gsm8k_zh", args.gsm8k_zh), ("text", args.text), ("ptuning_checkpoint", prefix)):
         if path and not Path(path).is_file():
-            parser.error(f"--{name}: there is no file {path}")
+            parser.error(f"--{name.replace('_', '-')}: there is no file {path}")
     if args.output.exists() and not args.output.is_dir():
         parser.error(f"--output: {args.output} is a file, and a folder is needed")
+    args.device = args.device or default_device()
     if Path(args.model).is_dir():
         args.model = os.path.relpath(args.model)  # however it is written, the same when a run goes on
-    elif args.model.startswith((".", "/")) or args.model.count("/") > 1:
+    elif not is_hub_name(args.model):
         parser.error(f"--model: there is no folder {args.model}, and a name on the Hub is OWNER/NAME")
     return args
 
@@ -97,7 +94,7 @@ def chosen_suites(args: argparse.Namespace) -> list[str]:
     there = args.gsm8k_zh or not args.data or Path(args.data, "mgsm/mgsm_zh.tsv").is_file()
     if "gsm8k_zh" in names and not there and "gsm8k_zh" not in args.suite:
         print(
-            f"gsm8k_zh is left out: {args.data} has no mgsm/mgsm_zh.tsv. Give a file with --gsm8k_zh.", file=sys.stderr
+            f"gsm8k_zh is left out: {args.data} has no mgsm/mgsm_zh.tsv. Give a file with --gsm8k-zh.", file=sys.stderr
         )
         names.remove("gsm8k_zh")
     return names
@@ -127,6 +124,7 @@ def settings_of(args: argparse.Namespace) -> dict:
         "text",
         "dtype",
         "device",
+        "checkpoint_code",
     )
     settings = {name: getattr(args, name) for name in names}
     return {
@@ -152,19 +150,20 @@ def check_output(output: Path, settings: dict):
 
 
 def load_model(args: argparse.Namespace):
-    tokenizer = load_tokenizer(args.model)
+    tokenizer = load_tokenizer(args.model, args.checkpoint_code)
     dtype = args.dtype or ("float32" if args.device == "cpu" else "auto")
-    options = {}
+    options = {"device_map": "auto"} if args.device == "auto" else {}
     if args.quantization:
-        options["quantization_config"] = {"quant_method": "chatglm", "bits": BITS[args.quantization]}
+        options["quantization_config"] = {"quant_method": "chatglm", "bits": QUANTIZATIONS[args.quantization]}
     if args.ptuning_checkpoint:
-        prefix = AutoConfig.from_pretrained(args.ptuning_checkpoint, trust_remote_code=True)
-        options |= {"pre_seq_len": prefix.pre_seq_len, "prefix_projection": prefix.prefix_projection}
+        prefix = load_config(args.ptuning_checkpoint)
+        fields = {"pre_seq_len": prefix.pre_seq_len, "prefix_projection": prefix.prefix_projection}
+        options["config"] = load_config(args.model, args.checkpoint_code, **fields)
     may_lack = ("prefix_encoder",) if args.ptuning_checkpoint else ()
-    model = load(AutoModelForCausalLM, args.model, may_lack, dtype=dtype, **options)
+    model = load(AutoModelForCausalLM, args.model, may_lack, args.checkpoint_code, dtype=dtype, **options)
     if args.ptuning_checkpoint:
         load_prefix(model, args.ptuning_checkpoint)
-    return model.to(args.device).eval(), tokenizer
+    return (model if args.device == "auto" else model.to(args.device)).eval(), tokenizer
 
 
 def requests_of(task, lm, limit: int | None) -> int:
@@ -217,7 +216,10 @@ def describe(task, sample: dict) -> dict:
 def perplexity(sample: dict, lm) -> dict:
     """Of a text, for each token of this tokenizer, and in bits for each byte, by which tokenizers can be compared."""
     text, likelihood = sample["doc"]["text"], sample["perplexity"]
-    tokens = len(lm.tokenizer.encode(text, add_special_tokens=False))
+    ids = [token for _, _, targets in lm.windows(text) for token in targets]
+    tokens = len(ids)
+    if lm.max_windows is not None:
+        text = lm.tokenizer.decode(ids)
     size = len(text.encode())
     return {
         "tokens": tokens,
@@ -240,6 +242,7 @@ def main(argv: list[str] | None = None):
             print(f"{len(tasks) - len(left)} of {len(tasks)} tasks are finished in {args.output}.", file=sys.stderr)
         if left:
             lm = EvaluatedModel(*load_model(args), args.batch_size)
+            lm.max_windows = args.limit
             name = args.name or Path(args.model).resolve().name
             write_json(args.output / "settings.json", {**settings, "name": name})
             total = sum(requests_of(task, lm, args.limit) for task in left)

@@ -8,7 +8,6 @@ Gives {"response", "history", "status": 200, "time"}. Questions are answered one
 gone ends. For OpenAI's API see the folder serving/.
 """
 
-import argparse
 import asyncio
 import datetime
 from contextlib import aclosing
@@ -17,8 +16,9 @@ from fastapi import FastAPI, Request
 from pydantic import BaseModel, Field
 
 from common.http_errors import ApiError, answer_errors, parse
-from common.http_guard import add_server_options, listen, run
-from common.load_model import add_model_options, iterate_in_threads, load_model
+from common.http_guard import listen, run
+from common.load_model import iterate_in_threads, load_model
+from common.options import Parser, add_model_options, add_server_options
 
 
 # As published, what is null, missing or 0 has these values.
@@ -69,7 +69,7 @@ def build_app(model, tokenizer) -> FastAPI:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add_model_options(parser)
     add_server_options(parser, port=8000)
     args = parser.parse_args()

@@ -11,7 +11,6 @@ if it is installed), elsewhere as they are. What is read from a pipe is UTF-8, o
 another.
 """
 
-import argparse
 import codecs
 import locale
 import os
@@ -19,6 +18,7 @@ import sys
 from collections.abc import Iterator
 
 from common.errors import plain_errors
+from common.options import Parser, add_model_options, at_least
 from examples.terminal import display_for_output
 
 
@@ -141,13 +141,7 @@ def chat(model, tokenizer, greeting: str, **options):
 
 
 def main():
-    # Late, so that Ctrl-C ends these imports, which take seconds, as quietly as what follows
-    import torch
-
-    from common.load_model import add_model_options, at_least, load_model
-    from examples.about import model_format, model_name, model_size
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add_model_options(parser)
     parser.add_argument("--prompt", help="answer this once, and end")
     parser.add_argument("--greedy", action="store_true", help="always take the likeliest token")
@@ -167,6 +161,12 @@ def main():
         raise SystemExit("The standard input is closed: give a --prompt.")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # where answers cannot be written, on old Windows
+    # Late: they take seconds, which --help does not need, and Ctrl-C ends them as quietly as what follows.
+    import torch
+
+    from common.load_model import load_model
+    from examples.about import model_format, model_name, model_size
+
     if args.seed is not None:
         torch.manual_seed(args.seed)
     model, tokenizer = load_model(args)

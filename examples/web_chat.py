@@ -8,7 +8,6 @@ Answers are streamed, and can be stopped; questions can be edited, and answers h
 dialogue and a cache of their own. The page needs nothing from outside.
 """
 
-import argparse
 import html
 import os
 import sys
@@ -21,7 +20,8 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # nothing is sent an
 import gradio as gr
 
 from common.http_guard import listen
-from common.load_model import add_model_options, at_least, iterate_in_threads, load_model
+from common.load_model import iterate_in_threads, load_model
+from common.options import Parser, add_model_options, at_least
 from examples.about import model_format, model_name, model_size
 
 
@@ -238,7 +238,7 @@ def launch_page(page: gr.Blocks, host: str, port: int, **options):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add_model_options(parser)
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: other machines too (default: this one only)")
     parser.add_argument("--port", type=at_least(0, maximum=65535, number=int), default=7860, help="0: any free one")

@@ -9,21 +9,14 @@ OpenAI's API on a ChatGLM2 model.
 One request at a time, in order; with --continuous-batching all at once, on a paged cache. See docs/serving.md.
 """
 
-import argparse
 from pathlib import Path
 
-from common.http_guard import add_server_options, listen, run
-from common.load_model import add_model_options, at_least, load_model
-
-from .batching import Batched
-from .generation import OneByOne
-from .server import Defaults, Service, build_app
+from common.errors import needs_extra
+from common.options import Parser, add_model_options, add_server_options, at_least
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        prog="python -m serving", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def options() -> Parser:
+    parser = Parser(__doc__)
     add_model_options(parser)
     add_server_options(parser, port=8000)
     parser.add_argument("--name", help="what clients call the model (default: the last part of --model)")
@@ -40,9 +33,22 @@ def main():
     )
     parser.add_argument("--top-p", type=at_least(0, above=True, maximum=1), default=0.8, help="default: %(default)s")
     parser.add_argument("--temperature", type=at_least(0), default=0.8, help="of requests that say none; default: 0.8")
-    args = parser.parse_args()
+    return parser
+
+
+def main(argv=None):
+    parser = options()
+    args = parser.parse_args(argv)
     if args.continuous_batching and args.cache_tokens is not None and args.cache_tokens < 256:
         parser.error(f"--cache-tokens {args.cache_tokens}: continuous batching needs at least 256")
+
+    with needs_extra("serve"):  # late, as they take seconds, and --help does not need them
+        from common.http_guard import listen, run
+        from common.load_model import load_model
+
+        from .batching import Batched
+        from .generation import OneByOne
+        from .server import Defaults, Service, build_app
 
     listener = listen(args.host, args.port)
     model, tokenizer = load_model(args)

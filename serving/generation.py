@@ -19,7 +19,8 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from common.package import CACHE, module_of
+from common.checkpoint import CACHE
+from common.package import module_of
 
 from .prefix_cache import PrefixCache
 from .processors import IsSet, Penalties, Recorder, Satisfiable, Streamer, score

@@ -51,7 +51,7 @@ def test_checkpoints_carry_all_modules(tmp_path):
     for text in modules.values():
         assert set(re.findall(r"^\s*from \.(\w+) import", text, re.M)) <= modules.keys()
     assert {path.name for path in tmp_path.iterdir()} >= set(package.DEFAULTS)
-    assert {path.stem for path in ROOT.glob("*.py")} == modules.keys()
+    assert {path.stem for path in ROOT.glob("*.py")} - {"chatglm2"} == modules.keys()  # the program is not copied
 
 
 # Files

@@ -209,7 +209,7 @@ def test_what_is_not_from_glm(tiny_glm, tmp_path, change, message):
 
 def test_glm_without_tokenizer_model(tiny_glm, tmp_path):
     folder = shutil.copytree(tiny_glm, tmp_path / "glm", ignore=shutil.ignore_patterns("tokenizer.model"))
-    with pytest.raises(ValueError, match="no tokenizer.model. Copy it there"):
+    with pytest.raises(ValueError, match="tokenizer.model is missing.* Copy it there"):
         from_glm.convert(Path(folder), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["glm"]
 
@@ -342,7 +342,10 @@ print(memory.gb)
 def test_quantize_is_what_the_model_does(tmp_path, options):
     """The files of `model.quantize(...).save_pretrained(...)`, without the model in memory."""
     arguments = [
-        f"--{name.replace('_', '-')}" + (f"={value}" if type(value) is int else "") for name, value in options.items()
+        f"--quantization=int{value}"
+        if name == "bits"
+        else f"--{name.replace('_', '-')}" + (f"={value}" if type(value) is int else "")
+        for name, value in options.items()
     ]
     at = arguments.index("--modules-to-not-convert") + 1 if "modules_to_not_convert" in options else None
     if at:
@@ -552,7 +555,7 @@ SPOILED = {
     "unknown class": "'FooForSequenceClassification', which this package does not have",
     "another architecture": "config.json: model_type is 'llama', and ChatGLM2's is 'chatglm'",
     "quantized by others": "quantized by 'gptq'",
-    "no tokenizer": "no tokenizer.model",
+    "no tokenizer": "tokenizer.model is missing",
 }
 
 
@@ -730,7 +733,7 @@ def test_commands_of_the_page(tmp_path, monkeypatch, adapter):
     commands = [line[2:] for line in lines if line[:2] == ["python", "-m"]]
     # What the Makefile runs, with the interpreter of the tests
     makes = [dict(word.split("=", 1) for word in line[2:]) for line in lines if line[:2] == ["make", "hub-repo"]]
-    commands += [["conversion.hub", "--weights", m["WEIGHTS"], "--output", m["OUT"]] for m in makes]
+    commands += [["conversion.hub", "--model", m["MODEL"], "--output", m["OUTPUT"]] for m in makes]
     assert len(lines) == len(commands) + 1  # pip install
     modules = [path for path in (ROOT / "conversion").glob("*.py") if "def main(" in path.read_text(encoding="utf-8")]
     of_the_readme = {"conversion.download", "conversion.upgrade"}  # in test_download.py and test_upgrade.py

@@ -11,16 +11,19 @@ import shlex
 import signal
 import subprocess
 import sys
+import warnings
 
 import pytest
 from transformers import AutoModel, AutoTokenizer
 
+import chatglm2
 from conftest import ROOT, TINY
 
 
 PAGES = [ROOT / "README.md", ROOT / "README_zh.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Programs that other packages bring, or the shell; what they are given is not this repository's
-OTHERS = {"pip", "cp", "(cd", ".venv/bin/hf", "hf", "curl"}
+OTHERS = {"pip", "cat", "cp", ".venv/bin/hf", "hf", "curl"}
+RECIPES = {f"training.{name}" for name in chatglm2.GROUPS["train"][1]}
 LAUNCHERS = {"accelerate", "torchrun"}
 
 
@@ -46,11 +49,21 @@ def commands() -> list[tuple[str, list[str]]]:
 
 
 COMMANDS = commands()
+for _, words in COMMANDS:  # `chatglm2 train lora` is `python -m training.lora`
+    if words[0] == "chatglm2" and words[1] != "--help":
+        kind = chatglm2.GROUPS.get(words[1])
+        module = chatglm2.COMMANDS[words[1]][0] if kind is None else f"{kind[0]}.{words[2].replace('-', '_')}"
+        words[: 2 if kind is None else 3] = ["python", "-m", module]
 MODULES = sorted({words[words.index("-m") + 1] for _, words in COMMANDS if "-m" in words})
 
 
 def test_every_command_is_of_a_known_kind():
-    assert {words[0] for _, words in COMMANDS} <= {"make", "python", ".venv/bin/python"} | OTHERS | LAUNCHERS
+    assert {words[0] for _, words in COMMANDS} <= {
+        "make",
+        "python",
+        ".venv/bin/python",
+        "chatglm2",
+    } | OTHERS | LAUNCHERS
 
 
 def test_make():
@@ -68,19 +81,23 @@ def test_modules_and_their_options(module):
         assert (ROOT / (module.replace(".", "/") + ".py")).is_file() or (ROOT / module / "__main__.py").is_file()
     else:
         options = {
-            word.split("=")[0]
+            word.split("=")[0].replace("_", "-")
             for _, words in COMMANDS
             if module in words
             for word in words[words.index(module) + 1 :]
             if word.startswith("--")
         }
     if options:
-        result = subprocess.run([sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True)
+        all_options = "--help-all" if module in RECIPES else "--help"
+        result = subprocess.run([sys.executable, "-m", module, all_options], cwd=ROOT, capture_output=True, text=True)
         if "ModuleNotFoundError" in result.stderr:
             pytest.skip(result.stderr.splitlines()[-1])
         assert result.returncode == 0, result.stderr
-        known = set(re.findall(r"--[\w-]+", result.stdout))
-        assert options <= known | {"--config"}, (module, options - known)
+        known = {name.replace("_", "-") for name in re.findall(r"--[\w-]+", result.stdout)}
+        assert options <= known | {"--config", "--model", "--output", "--quantization", "--device"}, (
+            module,
+            options - known,
+        )
 
 
 def test_files_that_commands_name():
@@ -130,14 +147,18 @@ def test_what_is_trained_is_used_as_documented(tmp_path, monkeypatch):
     from training import lora, ptuning, sft
 
     monkeypatch.chdir(ROOT)
-    data = tmp_path / "train.json"
-    data.write_text(json.dumps([{"prompt": "你好", "response": "你好！"}] * 4))
-    few = ["--max_steps", "1", "--bf16", "false", "--use_cpu", "--report_to", "none"]
+    few = ["--max-steps", "1"]
     for recipe in (sft, lora, ptuning):
         name = recipe.__name__.split(".")[-1]
-        output = ["--output_dir", str(tmp_path / "output" / name)]
+        output = ["--output", str(tmp_path / "output" / name)]
         config = f"training/configs/{name}.yaml"
-        recipe.main(["--config", config, "--model_name_or_path", str(TINY), "--train_file", str(data), *few, *output])
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", FutureWarning)
+            recipe.main(["--config", config, "--model", str(TINY), *few, *output])
+        log = json.loads((tmp_path / "output" / name / "trainer_state.json").read_text())["log_history"]
+        assert "loss" in log[0]
+    card = (tmp_path / "output/lora/README.md").read_text(encoding="utf-8")
+    assert "More Information Needed" not in card and "| rank, alpha | 16, 32 |" in card and "example.jsonl" in card
     (block,) = (block for _, block in blocks("python") if "output/sft" in block)
     monkeypatch.chdir(tmp_path)
     run_python("training.md", block, path=str(TINY))

@@ -418,6 +418,18 @@ def test_perplexity(tiny):
     assert figures["bits_per_byte"] * figures["bytes"] == pytest.approx(-expected / 0.6931472, rel=1e-3)
 
 
+def test_limit_is_of_the_windows_of_a_text_too(tiny):
+    """Perplexity is then that of the first windows, in tokens and bytes."""
+    lm = EvaluatedModel(*tiny)
+    text = "你好，今天天气很好。The little dog was happy. " * 300
+    first, all_windows = lm.windows(text)[0], len(lm.windows(text))
+    lm.max_windows = 1
+    assert all_windows > 1 and lm.windows(text) == [first]
+    (score,) = lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0)])
+    figures = run.perplexity({"doc": {"text": text}, "perplexity": score}, lm)
+    assert figures["tokens"] == len(first[2]) and figures["bytes"] == len(lm.tokenizer.decode(first[2]).encode())
+
+
 def test_windows_predict_every_token_once(tiny):
     lm = EvaluatedModel(*tiny)
     text = "你好，今天天气很好。The little dog was happy. " * 300
@@ -617,8 +629,8 @@ def test_killed_run_goes_on_without_losing_subjects(folder, tmp_path):
         (("--limit", 0), "--limit must be at least 1, got 0"),
         (("--suite", "arithmetic"), "invalid choice: 'arithmetic'"),
         (("--data", "nowhere"), "there is no folder nowhere"),
-        (("--gsm8k_zh", "nowhere.tsv"), "--gsm8k_zh: there is no file nowhere.tsv"),
-        (("--ptuning_checkpoint", "nowhere"), "--ptuning_checkpoint: there is no file nowhere/pytorch_model.bin"),
+        (("--gsm8k_zh", "nowhere.tsv"), "--gsm8k-zh: there is no file nowhere.tsv"),
+        (("--ptuning_checkpoint", "nowhere"), "--ptuning-checkpoint: there is no file nowhere/pytorch_model.bin"),
         (("--model", "./nowhere"), "--model: there is no folder ./nowhere"),
         (("--output", str(ROOT / "setup.cfg")), "is a file, and a folder is needed"),
     ],

@@ -18,7 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer
 
-from common.load_model import add_model_options, load_model
+from common.load_model import load_model
+from common.options import add_model_options
 from conftest import ROOT, TINY
 from examples import cli_chat, terminal
 
@@ -97,8 +98,8 @@ def test_interrupt_keeps_the_dialogue(tiny, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "args, message",
     [
-        (["--model", "no/such/folder"], "--model no/such/folder: no model there"),
-        (["--model", "docs"], "--model docs: no model there"),
+        (["--model", "no/such/folder"], "--model no/such/folder: There is no folder no/such/folder"),
+        (["--model", "docs"], "--model docs: there is no config.json in it"),
         (["--device", "cuda:7"], "--device cuda:7"),
         (["--device", "toaster"], "--device toaster"),
         (["--temperature", "-1"], "-1: must be at least 0"),
@@ -195,8 +196,7 @@ DAMAGES = {
     "RoPE": (change_json("config.json", rope_parameters=[1]), "config.json: .*rope_parameters"),
     "another model": (change_json("config.json", model_type="llama"), "config.json: model_type is 'llama'"),
     "tokenizer settings": (write("tokenizer_config.json", "{"), "tokenizer_config.json is not JSON"),
-    "no tokenizer settings": (remove("tokenizer_config.json"), "tokenizer_config.json is missing. Copy it there"),
-    "no tokenizer": (remove("tokenizer.model"), "tokenizer.model is missing. Copy it there"),
+    "no tokenizer": (remove("tokenizer.model"), "tokenizer.model is missing.* Copy it there"),
     "padding side": (change_json("tokenizer_config.json", padding_side=5), "The tokenizer of .* cannot be loaded from tokenizer_config.json"),
     "generation settings": (write("generation_config.json", "[]"), "generation_config.json must hold a JSON object"),
 }  # fmt: skip

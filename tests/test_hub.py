@@ -17,6 +17,7 @@ import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
+from common.package import CODE
 from conftest import ROOT, SMALL, TINY
 from conversion import hub
 
@@ -128,7 +129,7 @@ def test_what_is_in_it(assembled):
     names = {path.name for path in assembled.iterdir()}
     assert names >= {
         "config.json",
-        *(path.name for path in ROOT.glob("*.py")),
+        *(path.name for pattern in CODE for path in ROOT.glob(pattern)),
         "tokenizer.model",
         "tokenizer_config.json",
         "generation_config.json",
@@ -232,7 +233,7 @@ def test_damaged_weights_are_found(copy):
 def test_push(stand_in, tmp_path):
     """What arrives is the folder, byte for byte, with the weights that the links lead to."""
     output = tmp_path / "out"
-    run = run_hub(stand_in, "--weights", TINY, "--output", output, "--push", "me/tiny")
+    run = run_hub(stand_in, "--model", TINY, "--output", output, "--push", "me/tiny")
     assert run.returncode == 0, run.stderr
     assert "works: 你好 → " in run.stdout and f"{stand_in.url}/me/tiny/commit/" in run.stdout
     assert [(r["name"], r["organization"], r.get("private") or r["visibility"]) for r in stand_in.created] == [
@@ -291,9 +292,9 @@ def test_not_logged_in(stand_in, assembled, monkeypatch):
     "args, message",
     [
         (["--output", "nowhere"], "There is no folder nowhere"),
-        (["--weights", "nowhere", "--output", "out"], "There is no folder nowhere"),
-        (["--weights", str(TINY), "--output", str(ROOT / "tests")], "exists already"),
-        (["--weights", str(ROOT / "docs"), "--output", "out"], "config.json is missing"),
+        (["--model", "nowhere", "--output", "out"], "There is no folder nowhere"),
+        (["--model", str(TINY), "--output", str(ROOT / "tests")], "exists already"),
+        (["--model", str(ROOT / "docs"), "--output", "out"], "config.json is missing"),
     ],
 )
 def test_bad_input(args, message, tmp_path, monkeypatch):

@@ -1036,7 +1036,7 @@ def test_bad_options(monkeypatch, capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         assert "Address already in use. Choose another --port" in fails("--port", port, "--model", "no/model/here")
-    assert "no model there" in fails("--port", "0", "--model", "no/model/here")
+    assert "There is no folder no/model/here" in fails("--port", "0", "--model", "no/model/here")
     assert "--device cuda:9" in fails("--port", "0", "--device", "cuda:9")
     assert "at most 65535" in fails("--port", "70000")
     assert "--host no.such.host.invalid" in fails("--host", "no.such.host.invalid")

@@ -626,7 +626,7 @@ def test_yaml_and_command_line(start, data, tmp_path):
         (["--config=missing.yaml"], "There is no file 'missing.yaml'"),
         (["--train_file", "x.json", "--config"], "There is no file ''"),
         (["--config", str(broken)], "while scanning|while parsing"),
-        (["--train_file", "x.json"], "Give either --model_name_or_path or"),
+        (["--train_file", "x.json"], "Give either --model or"),
         (["--model_name_or_path", "x", "--quantization_bit", "3"], "quantization_bit must be 4 or 8, got 3"),
         (["--model_name_or_path", "x", "--quantization_bit", "4", "--load_in_4bit"], "exclude each other"),
     ):
@@ -643,7 +643,7 @@ def test_configurations_are_understood(path, data, tmp_path, monkeypatch):
     options = ["--config", str(path), "--bf16", "false", "--use_cpu", "--train_file", file]
     options += ["--validation_file", file] * path.stem.startswith("tiny")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(OSError, match="connect to|build/tiny"):
+    with pytest.raises(ValueError, match="is not in the Hub's cache|There is no folder build/tiny"):
         recipe.main(options)
 
 
@@ -770,12 +770,53 @@ def test_options_of_the_published_scripts(start, tmp_path):
     assert last_checkpoint(tmp_path / "out") == checkpoint  # nothing is trained, and so nothing removed
 
 
+@pytest.mark.parametrize(
+    "ours, trainers",
+    [
+        (["--model", "a", "--output=b"], ["--model_name_or_path", "a", "--output_dir", "b"]),
+        (["--quantization", "int4", "--max-steps", "3"], ["--quantization_bit", "4", "--max_steps", "3"]),
+        (["--device=cpu", "--learning_rate", "1e-3"], ["--use_cpu", "True", "--learning_rate", "1e-3"]),
+    ],
+)
+def test_options_of_all_commands_are_the_trainers(ours, trainers):
+    assert options.translate(ours) == trainers
+
+
+@pytest.mark.parametrize("words", [["--quantization", "int3"], ["--device", "toaster"]])
+def test_wrong_values_of_options_exit_with_2(words, capsys):
+    with pytest.raises(SystemExit) as exit:
+        options.translate(words)
+    assert exit.value.code == 2 and words[1] in capsys.readouterr().err
+
+
+def test_recipes_are_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model_args, data_args, args = options.parse(
+        "",
+        lora.LoraArguments,
+        DataArguments,
+        options.RecipeArguments,
+        args=["--config", "qlora.yaml", "--device", "cpu"],
+    )
+    assert (model_args.model_name_or_path, model_args.quantization_bit) == ("THUDM/chatglm2-6b", 4)
+    assert data_args.train_file == str(ROOT / "training/example.jsonl") and args.output_dir == "output/qlora"
+    assert args.use_cpu and args.bf16 is None and args.logging_steps == 1
+
+
+def test_help_lists_the_options_of_this_package_first(capsys):
+    for word, shown, hidden in (("--help", "--train-file", "--adam_beta1"), ("--help-all", "--adam_beta1", None)):
+        with pytest.raises(SystemExit):
+            options.parse("Doc.", options.ModelArguments, DataArguments, options.RecipeArguments, args=[word])
+        output = capsys.readouterr().out
+        assert "Doc." in output and shown in output and (hidden is None or hidden not in output)
+
+
 def test_options_that_are_gone_are_explained():
     for option, value, message in (
         ("--num_beams", "4", "--num_beams is no option any more: Answers are greedy."),
         ("--val_max_target_length", "4", "The length of answers is --max_new_tokens"),
         ("--evaluation_strategy", "steps", "It is called --eval_strategy"),
-        ("--made_up", "1", "There is no option --made_up. --help lists all options"),
+        ("--made_up", "1", "There is no option --made_up. --help and --help-all list the options"),
     ):
         with pytest.raises(SystemExit, match=message):
             sft.main(["--model_name_or_path", "x", option, value])

@@ -6,13 +6,14 @@ Looks for copies and near copies of evaluation prompts in training data:
 Ends with status 1, and says where, if the prompts of training/prompts.json or sentences to translate in them are there.
 """
 
-import argparse
 import functools
 import json
 import re
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
+
+from common.options import Parser
 
 
 PROMPTS = Path(__file__).resolve().parent / "prompts.json"
@@ -103,7 +104,7 @@ class LeakFinder:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("files", nargs="+", type=Path, help="JSON lines with a text or messages each")
     finder, leaks = LeakFinder(read_prompts()), 0
     for path in parser.parse_args().files:

@@ -1,15 +1,18 @@
 """
 Fine-tunes low-rank adapters (LoRA, arXiv 2106.09685) with PEFT, also on quantized weights (QLoRA, arXiv 2305.14314):
 
-    python -m training.lora --model_name_or_path PATH --train_file train.json --output_dir output
-    python -m training.lora ... --quantization_bit 4        # the published INT4
+    python -m training.lora --model PATH --train_file train.json --output output
+    python -m training.lora ... --quantization int4        # the published INT4
     python -m training.lora ... --load_in_4bit              # bitsandbytes' NF4
 
 See docs/training.md.
 """
 
+import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
+from huggingface_hub import ModelCard
 from peft import get_peft_model, prepare_model_for_kbit_training
 from transformers import set_seed
 from trl import get_peft_config
@@ -47,8 +50,47 @@ def main(argv=None):
         model, tokenizer = load(model_args)
         if model_args.load_in_4bit or model_args.load_in_8bit:
             model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=args.gradient_checkpointing)
-        model = get_peft_model(model, get_peft_config(model_args))
+        with warnings.catch_warnings():  # PEFT asks for a name that the library deprecated in 5.24
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            model = get_peft_model(model, get_peft_config(model_args))
         fine_tune(model, tokenizer, splits, model_args, data_args, args)
+        if "train" in splits and args.should_save:
+            write_card(model_args, data_args, args)
+
+
+def write_card(model_args: LoraArguments, data_args: DataArguments, args: RecipeArguments):
+    """Fills in the model card of the adapter, which PEFT leaves as a form, beside PEFT's metadata."""
+    path = Path(args.output_dir, "README.md")
+    card = ModelCard.load(path)
+    data = Path(data_args.train_file).name if data_args.train_file else data_args.dataset_name
+    settings = {
+        "base model": model_args.model_name_or_path,
+        "rank, alpha": f"{model_args.lora_r}, {model_args.lora_alpha}",
+        "layers": ", ".join(model_args.lora_target_modules or ["query_key_value"]),
+        "base weights": f"INT{model_args.quantization_bit}" if model_args.quantization_bit else model_args.dtype,
+        "data": data,
+        "epochs": args.num_train_epochs if args.max_steps < 1 else f"{args.max_steps} steps",
+        "learning rate": f"{args.learning_rate:g}",
+    }
+    rows = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
+    card.text = f"""
+# LoRA adapter for {model_args.model_name_or_path}
+
+| | |
+|---|---|
+{rows}
+
+The loss over the steps is in `curve.png`. To use the adapter:
+
+```python
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(model, "path/to/this/folder")
+```
+
+To merge it into the weights: `chatglm2 convert merge_lora --adapter path/to/this/folder --output merged`.
+"""
+    card.save(path)
 
 
 if __name__ == "__main__":

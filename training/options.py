@@ -2,18 +2,21 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
 import transformers
 import yaml
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, TrainingArguments
+from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArguments
 from transformers.utils import logging
 from trl import ModelConfig, TrlParser, get_quantization_config
 
 from common import checkpoint
 from common.errors import one_line
+from common.load_model import default_device
+from common.options import QUANTIZATIONS
+from common.package import ROOT
 
 
 logger = logging.get_logger(__name__)
@@ -51,6 +54,9 @@ class ModelArguments(ModelConfig):
         default=None,
         metadata={"help": "4 or 8: the frozen weights in the published INT4 or INT8. For lora and ptuning."},
     )
+    checkpoint_code: bool = field(
+        default=False, metadata={"help": "Run the code in the model's folder or repository instead of this package's."}
+    )
     fsdp_size: int | None = field(
         default=None,
         metadata={"help": "Processes to split the model among as it is loaded (FSDP2 of Transformers >= 5.23)."},
@@ -59,7 +65,7 @@ class ModelArguments(ModelConfig):
     def __post_init__(self):
         super().__post_init__()
         if (self.model_name_or_path is None) == (self.config_name is None):
-            raise ValueError("Give either --model_name_or_path or, for new random weights, --config_name.")
+            raise ValueError("Give either --model or, for new random weights, --config-name.")
         if self.quantization_bit not in (None, 4, 8):
             raise ValueError(f"quantization_bit must be 4 or 8, got {self.quantization_bit}.")
         if self.quantization_bit and (self.load_in_4bit or self.load_in_8bit):
@@ -93,6 +99,7 @@ class RecipeArguments(TrainingArguments):
 
     output_dir: str = field(default="output", metadata={"help": "Goes on from the last checkpoint there, if any."})
     logging_steps: float = 10
+    logging_first_step: bool = True
     save_total_limit: int | None = 2
     report_to: str | None = "none"
     include_num_input_tokens_seen: str = "all"  # for tokens per second in the log
@@ -114,28 +121,153 @@ class RecipeArguments(TrainingArguments):
     predict_with_generate: bool = field(default=True, metadata={"help": "As in the published scripts: always so."})
 
     def __post_init__(self):
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        for name in ("", "_kwargs"):  # the name since 5.24; the library warns of the old one
+            old, new = f"gradient_checkpointing{name}", f"activation_checkpointing{name}"
+            if hasattr(self, new) and getattr(self, new) is None:
+                setattr(self, new, getattr(self, old))
         super().__post_init__()
         if not self.predict_with_generate:
             raise ValueError("Predictions are always generated: leave --predict_with_generate out.")
 
 
+# Names that all commands of this package have, and the Trainer's
+ALIASES = {"model": "model_name_or_path", "output": "output_dir"}
+CONFIGS = Path(__file__).with_name("configs")
+
+
 def parse(doc: str, *dataclasses, args: Sequence[str] | None = None) -> tuple:
-    """Reads the command line and the YAML file of `--config`, whose values the command line overrides."""
-    args = sys.argv[1:] if args is None else list(args)
-    args = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
-    if "--config" in args:
-        path = "".join(args[args.index("--config") + 1 :][:1])
-        if not Path(path).is_file():
-            raise SystemExit(f"There is no file {path!r} (--config).")
+    """
+    Reads the command line and the YAML file of `--config`, whose values the command line overrides. A file that is not in
+    the working directory may be one of `training/configs`, and the data file that it names one of this repository.
+    """
+    args = translate(sys.argv[1:] if args is None else list(args))
+    if {"-h", "--help"} & set(args):
+        print(short_help(doc, dataclasses))
+        raise SystemExit
     try:
         parser = TrlParser(dataclasses, description=doc)
-        *parsed, unknown = parser.parse_args_and_config(args, return_remaining_strings=True)
+        if "--help_all" in args:
+            parser.print_help()
+            raise SystemExit
+        if "--config" in args:
+            at = args.index("--config")
+            values = read_config(*args[at + 1 : at + 2])
+            on_cpu = "--use_cpu" in args or not torch.accelerator.is_available()
+            if on_cpu and not values.get("use_cpu"):
+                values.pop("bf16", None)  # meant for GPUs: on a CPU, what is faster is measured
+            unknown = parser.set_defaults_with_config(**values)
+            del args[at : at + 2]
+            unknown = list(unknown)
+        else:
+            unknown = []
+        *parsed, others = parser.parse_args_into_dataclasses(args, return_remaining_strings=True)
+        unknown += others
         names = [word.lstrip("-").split("=")[0] for word in unknown if word.startswith("--")]
         if unknown:
-            raise ValueError(" ".join(map(explain, names or unknown)) + " --help lists all options.")
+            raise ValueError(" ".join(map(explain, names or unknown)) + " --help and --help-all list the options.")
     except (ValueError, yaml.YAMLError) as error:
         raise SystemExit(one_line(error)) from error
     return tuple(parsed)
+
+
+def translate(args: Sequence[str]) -> list[str]:
+    """Returns the command line with the Trainer's names of options, underscores for hyphens, and values apart."""
+    words = []
+    for arg in args:
+        if not arg.startswith("--"):
+            words.append(arg)
+            continue
+        name, *value = arg.split("=", 1)
+        words += ["--" + name[2:].replace("-", "_"), *value]
+    translated = []
+    while words:
+        word = words.pop(0)
+        name = word.removeprefix("--")
+        if name in ("quantization", "device") and word != name and words:
+            try:
+                word, *value = trainers_name(name, words.pop(0))
+            except ValueError as error:
+                print(one_line(error), file=sys.stderr)
+                raise SystemExit(2) from None
+            translated += ["--" + word, str(*value)] if word else []
+        else:
+            translated.append("--" + ALIASES[name] if word != name and name in ALIASES else word)
+    return translated
+
+
+def trainers_name(name: str, value) -> tuple:
+    """
+    Returns what the Trainer or the published scripts call an option, and its value there; (None, None) for a default.
+
+    Raises:
+        ValueError: if the value is none of those that the option takes.
+    """
+    name = name.replace("-", "_")
+    if name == "quantization":
+        if value not in QUANTIZATIONS:
+            raise ValueError(f"--quantization must be {' or '.join(QUANTIZATIONS)}, got {value!r}.")
+        return "quantization_bit", QUANTIZATIONS[value]
+    if name == "device":
+        if value == "cpu":
+            return "use_cpu", True
+        if value != default_device():
+            raise ValueError(
+                f"--device must be cpu or {default_device()}, got {value!r}. One of several GPUs: set CUDA_VISIBLE_DEVICES."
+            )
+        return None, None
+    return ALIASES.get(name, name), value
+
+
+def read_config(path: str = "") -> dict:
+    """Returns the options in a YAML file, by the Trainer's names."""
+    path = next((file for file in (Path(path), CONFIGS / path) if file.is_file()), None) or missing_config(path)
+    values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold one option a line, `name: value` (--config).")
+    values = dict(trainers_name(str(name), value) for name, value in values.items())
+    values.pop(None, None)
+    for name in ("train_file", "validation_file", "test_file"):
+        if name in values and not Path(values[name]).exists() and (ROOT / values[name]).exists():
+            values[name] = str(ROOT / values[name])
+    return values
+
+
+def missing_config(path: str):
+    raise ValueError(f"There is no file {path!r} (--config).")
+
+
+def short_help(doc: str, dataclasses) -> str:
+    """Returns the options that this package adds to the library's, and how to see all."""
+    lines = [
+        doc.strip(),
+        "",
+        "Options of this package (--help-all: all, with those of TrainingArguments and TRL's ModelConfig):",
+    ]
+    lines += [
+        "  --config FILE            YAML with any of the options; the command line wins",
+        "  --model NAME             a checkpoint folder, or OWNER/NAME on the Hub (--model_name_or_path)",
+        "  --output FOLDER          for the results; goes on with what is there (--output_dir)",
+        "  --quantization KIND      int4 or int8: quantize the frozen weights (--quantization_bit)",
+        "  --device DEVICE          cpu, or what the machine has (--use_cpu)",
+        "  --dtype TYPE             of the weights: auto, float32, bfloat16, float16",
+    ]
+    hidden = {"model_name_or_path", "output_dir", "quantization_bit", "dtype"}
+    for kind in dataclasses:
+        own = {
+            name
+            for base in kind.__mro__
+            if base.__module__.startswith("training.") or base.__module__ == "__main__"
+            for name in vars(base).get("__annotations__", ())
+        }
+        for entry in fields(kind):
+            if entry.name not in own - hidden:
+                continue
+            text = entry.metadata.get("help", "")
+            default = "" if entry.default in (None, False) else f"(default: {entry.default})"
+            option = f"--{entry.name.replace('_', '-')}"
+            lines.append(f"  {option:24} {' '.join(part for part in (text, default) if part)}".rstrip())
+    return "\n".join(lines)
 
 
 def explain(name: str) -> str:
@@ -158,22 +290,21 @@ def load(
         ValueError: if the checkpoint is incomplete or damaged.
     """
     name = args.model_name_or_path or args.config_name
-    if Path(name).is_dir():
-        checkpoint.read_config(Path(name))
-    options = dict(revision=args.model_revision, trust_remote_code=True)
     tokenizer_name = args.tokenizer_name or name
-    tokenizer = checkpoint.load_tokenizer(tokenizer_name, revision=args.model_revision, padding_side="right")
-    config = AutoConfig.from_pretrained(name, **options, **config)
+    source = dict(checkpoint_code=args.checkpoint_code, revision=args.model_revision)
+    tokenizer = checkpoint.load_tokenizer(tokenizer_name, padding_side="right", **source)
+    config = checkpoint.load_config(name, **source, **config)
     dtype = dtype or args.dtype
     is_quantized = args.quantization_bit or args.load_in_4bit or getattr(config, "quantization_config", None)
     is_half = dtype in (None, "auto") and config.dtype == torch.float16
     if is_half and not is_quantized and not torch.accelerator.is_available():
         logger.warning("The weights are loaded in float32: CPUs compute many times slower in float16 (--dtype).")
         dtype = "float32"
-    options.update(dtype=dtype, attn_implementation=args.attn_implementation)
+    options = dict(dtype=dtype, attn_implementation=args.attn_implementation)
     if args.model_name_or_path is None:
-        del options["revision"]
-        return AutoModelForCausalLM.from_config(config, **options), tokenizer
+        if not args.checkpoint_code:
+            config.name_or_path = str(ROOT)  # whose code the library takes
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=True, **options), tokenizer
     if args.load_in_4bit and args.dtype in (None, "auto"):  # which TRL hands to bitsandbytes as it is
         args = replace(args, dtype=str(config.dtype or torch.float32).removeprefix("torch."))
     quantization = get_quantization_config(args)
@@ -183,4 +314,4 @@ def load(
         options["quantization_config"] = quantization
     if args.fsdp_size:
         options["distributed_config"] = args.distributed_config()
-    return checkpoint.load(AutoModelForCausalLM, name, may_lack, config=config, **options), tokenizer
+    return checkpoint.load(AutoModelForCausalLM, name, may_lack, config=config, **source, **options), tokenizer

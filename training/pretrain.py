@@ -1,7 +1,7 @@
 """
 Pretrains with GLM's mixed objective, from new random weights or a model's:
 
-    python -m training.pretrain --model_name_or_path PATH --train_file texts.jsonl --output_dir output
+    python -m training.pretrain --model PATH --train_file texts.jsonl --output output
 
 Each row holds a document (`--text_column`). See docs/training.md.
 """

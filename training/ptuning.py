@@ -1,8 +1,8 @@
 """
 Trains a prefix of keys and values (P-Tuning v2, Liu et al. 2022, arXiv 2110.07602) and saves it alone:
 
-    python -m training.ptuning --model_name_or_path PATH --train_file train.json --pre_seq_len 128 --output_dir output
-    python -m training.ptuning --model_name_or_path PATH --ptuning_checkpoint output --test_file test.json --do_predict
+    python -m training.ptuning --model PATH --train_file train.json --pre_seq_len 128 --output output
+    python -m training.ptuning --model PATH --ptuning_checkpoint output --test_file test.json --do_predict
 
 The prefix is in `pytorch_model.bin`, under the names that the published scripts use. See docs/training.md.
 """

@@ -1,7 +1,7 @@
 """
 Fine-tunes all weights on answers:
 
-    python -m training.sft --model_name_or_path PATH --train_file train.json --output_dir output
+    python -m training.sft --model PATH --train_file train.json --output output
 
 Rows hold `prompt`, `response` and, with `--history_column`, earlier rounds; or `messages`. See docs/training.md.
 """

@@ -12,7 +12,6 @@ Every 50th row of each corpus is held out, by a hash of its content, but for tho
 that is learned; of the few rows of `identity_bilingual` none. Rows near a prompt of training/prompts.json are left out.
 """
 
-import argparse
 import gzip
 import hashlib
 import json
@@ -29,6 +28,8 @@ import sentencepiece
 import torch
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from common.options import Parser
 
 from .data import DataArguments, collator, encode, read
 from .leaks import LeakFinder, read_prompts
@@ -545,7 +546,7 @@ def card(output: Path):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("step", choices=["texts", "dialogues", "publish", "answers", "card"])
     parser.add_argument("--corpora", type=Path, help="the folder with *.jsonl.gz")
     parser.add_argument(
