@@ -730,6 +730,7 @@ def test_commands_of_the_page(tmp_path, monkeypatch, adapter):
     page = (ROOT / "docs/convert.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```shell\n(.*?)```", page, re.DOTALL)
     lines = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
+    lines.remove(["source", ".venv/bin/activate"])
     commands = [line[2:] for line in lines if line[:2] == ["python", "-m"]]
     # What the Makefile runs, with the interpreter of the tests
     makes = [dict(word.split("=", 1) for word in line[2:]) for line in lines if line[:2] == ["make", "hub-repo"]]

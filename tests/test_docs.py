@@ -14,15 +14,17 @@ import sys
 import warnings
 
 import pytest
+import yaml
 from transformers import AutoModel, AutoTokenizer
 
 import chatglm2
 from conftest import ROOT, TINY
+from docs import arguments
 
 
-PAGES = [ROOT / "README.md", ROOT / "README_zh.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 # Programs that other packages bring, or the shell; what they are given is not this repository's
-OTHERS = {"pip", "cat", "cp", ".venv/bin/hf", "hf", "curl"}
+OTHERS = {"pip", "python3", "source", "hf", "curl", "open-webui"}
 RECIPES = {f"training.{name}" for name in chatglm2.GROUPS["train"][1]}
 LAUNCHERS = {"accelerate", "torchrun"}
 
@@ -61,7 +63,6 @@ def test_every_command_is_of_a_known_kind():
     assert {words[0] for _, words in COMMANDS} <= {
         "make",
         "python",
-        ".venv/bin/python",
         "chatglm2",
     } | OTHERS | LAUNCHERS
 
@@ -202,3 +203,24 @@ def test_links(page):
         assert path.exists(), target
         if anchor:
             assert anchor in heading_anchors(path.read_text(encoding="utf-8")), target
+
+
+def test_arguments_page_is_up_to_date():
+    assert arguments.PAGE.read_text(encoding="utf-8") == arguments.page(), "run python -m docs.arguments"
+
+
+def test_readme_is_short():
+    for name in ("README.md", "README_zh.md"):
+        assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) <= 120
+
+
+def test_versions_agree():
+    version = re.search(r"^version = (.*)$", (ROOT / "setup.cfg").read_text(), re.M)[1]
+    assert re.search(rf"^## \[{re.escape(version)}\]", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_github_runs_what_ci_runs():
+    workflow = yaml.safe_load((ROOT / ".github/workflows/test.yml").read_text())
+    (job,) = workflow["jobs"].values()
+    assert ".ci/run" in [step.get("run") for step in job["steps"]]

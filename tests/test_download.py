@@ -317,7 +317,7 @@ def test_hub_name_is_downloaded_into_the_cache_and_found_offline(server, tmp_pat
     assert downloaded(server) == {"config.json", "tokenizer.model", "tokenizer_config.json", WEIGHTS}
 
 
-@pytest.mark.parametrize("page", ["README.md", "README_zh.md"])
+@pytest.mark.parametrize("page", ["docs/install.md", "docs/zh/install.md"])
 def test_documented_hf_download_fetches_the_weights_without_the_code(server, tmp_path, page):
     (line,) = re.findall(r"^\S*hf (download .*)$", (ROOT / page).read_text(encoding="utf-8"), flags=re.M)
     program = [sys.executable, "-c", "from huggingface_hub.cli.hf import main; main()"]
