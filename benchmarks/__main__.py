@@ -28,10 +28,12 @@ NAMES = [
     "prompts",
     "rounds",
     "batching",
+    "serving",
+    "soak",
     "training",
     "evaluation",
 ]
-NEED_DATA = ["tokenizer", "quantization_quality", "evaluation"]  # texts that are not part of this repository
+NEED_DATA = ["tokenizer", "quantization_quality", "evaluation", "serving"]  # texts that are not part of this repository
 
 
 def main():

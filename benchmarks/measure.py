@@ -27,11 +27,12 @@ SHARED = ROOT.parent / "shared/data"
 PEERS = {"llama-cpp-python": "llama_cpp", "bitsandbytes": "bitsandbytes"}  # packages, and their modules
 
 
-def options(description: str, rounds: int) -> argparse.ArgumentParser:
+def options(description: str, rounds: int | None = None) -> argparse.ArgumentParser:
     """Returns a parser with the options that all benchmarks have."""
     parser = Parser(description)
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs; no figures to compare")
-    parser.add_argument("--rounds", type=int, default=rounds, help=f"how often the systems take turns ({rounds})")
+    if rounds is not None:
+        parser.add_argument("--rounds", type=int, default=rounds, help=f"how often the systems take turns ({rounds})")
     parser.add_argument("--work", type=Path, default=ROOT / "build/benchmarks", help="where weights are written")
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     return parser

@@ -239,6 +239,78 @@ def batching_plot(figures: dict, plt):
     return figure
 
 
+def serving_text(figures: dict) -> str:
+    """The throughput of each server, the ratio of this package's better way to each peer, and what clients wait for."""
+    servers = [name for name in figures["rows"][0] if name != "clients"]
+    ours = [name for name in servers if name in OUR_SERVERS]
+    peers = [name for name in servers if name not in OUR_SERVERS]
+    rows = []
+    for row in figures["rows"]:
+        best = max(row[name]["tokens_s"] for name in ours)
+        speeds = [f"{row[name]['tokens_s']:.1f}" for name in servers]
+        rows.append([row["clients"], *speeds, *(f"{best / row[name]['tokens_s']:.2f}" for name in peers)])
+    header = ["clients", *servers, *(f"better way / {name}" for name in peers)]
+    text = "Tokens per second of all answers together, prompts included:\n\n" + table(header, rows)
+    rows = [
+        [row["clients"], *(f"{row[name]['first_token_s']:.1f} / {row[name]['token_s']:.2f}" for name in servers)]
+        for row in figures["rows"]
+    ]
+    text += "\n\nSeconds that a client waits for the first token, and for each one after it:\n\n"
+    text += table(["clients", *servers], rows)
+    return text + (
+        f"\n\n{figures['layers']} layers, prompts of {figures['words']} words on average, answers of {figures['tokens']} tokens, "
+        "each client with a prompt of its own. INT4 (llama.cpp: Q4_0). All clients ask at the same moment."
+    )
+
+
+def serving_plot(figures: dict, plt):
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
+    rows = figures["rows"]
+    clients = [row["clients"] for row in rows]
+    servers = [name for name in rows[0] if name != "clients"]
+    for name, color, marker in zip(servers, [PEER, OURS, *OTHERS], MARKERS):
+        for axis, key in zip(axes, ("tokens_s", "first_token_s")):
+            axis.plot(clients, [row[name][key] for row in rows], marker=marker, color=color, label=name)
+    axes[0].set(title="Throughput of all clients together", ylabel="tokens per second")
+    axes[1].set(title="Time to the first token", ylabel="seconds (log scale)", yscale="log")
+    axes[0].set_ylim(bottom=0)
+    for axis in axes:
+        axis.set(xlabel="clients at once", xscale="log")
+        axis.set_xticks(clients, clients)
+        axis.minorticks_off()
+    legend_above(figure, axes[0])
+    return figure
+
+
+def soak_text(figures: dict) -> str:
+    expected = ("answered", "hung up", "refused")
+    rows = []
+    for way, result in figures["ways"].items():
+        outcomes, memory = result["outcomes"], result["memory_mb"]
+        errors = sum(n for name, n in outcomes.items() if name not in expected)
+        waits = [f"{result[key]:.1f}" for key in ("median_s", "slowest_s")]
+        rows.append(
+            [way, *(outcomes.get(name, 0) for name in expected), errors, *waits, f"{memory[0]} to {memory[-1]}"]
+        )
+    header = ["", *expected, "errors", "median, s", "slowest, s", "memory, first to last minute, MB"]
+    return table(header, rows) + (
+        f"\n\n{figures['clients']} clients ask the small model for {figures['minutes']:.0f} minutes. One stream in ten is hung up "
+        "on, and two more clients send requests that must be refused and leave connections half open. Errors are whatever else "
+        "came, greedy answers that were not equal to the one before among them."
+    )
+
+
+def soak_plot(figures: dict, plt):
+    figure, axis = plt.subplots(figsize=(8, 4))
+    for (way, result), color, marker in zip(figures["ways"].items(), [PEER, OURS], MARKERS):
+        memory = result["memory_mb"]
+        axis.plot(range(1, len(memory) + 1), memory, marker=marker, color=color, label=way)
+    axis.set(title=f"Memory of the server with {figures['clients']} clients", xlabel="minutes", ylabel="MB")
+    axis.set_ylim(bottom=0)
+    legend_above(figure, axis)
+    return figure
+
+
 def training_text(figures: dict) -> str:
     rows = []
     for way, row in figures["ways"].items():
@@ -347,6 +419,7 @@ def quantization_quality_plot(figures: dict, plt):
     return figure
 
 
+OUR_SERVERS = ("one by one", "continuous batching")
 SIZES = "the 6B shape, random weights"
 # What each plot is of
 MODELS = {
@@ -355,6 +428,8 @@ MODELS = {
     "prompts": lambda figures: f"{figures['layers']} of 28 layers of {SIZES}, INT4, single runs",
     "rounds": lambda figures: f"{figures['layers']} layers of {SIZES}, INT4",
     "batching": lambda figures: f"{figures['layers']} layers of {SIZES}, INT4, single runs",
+    "serving": lambda figures: f"{figures['layers']} layers of {SIZES}, INT4",
+    "soak": lambda figures: "checkpoints/tiny, float32",
     "training": lambda figures: "{num_layers} layers of width {hidden_size}, random weights, float32".format(
         **figures["shape"]
     ),
@@ -370,6 +445,8 @@ SECTIONS = {
     "prompts": ("Long prompts", prompts_text, prompts_plot),
     "rounds": ("Rounds of a dialogue", rounds_text, rounds_plot),
     "batching": ("Several requests", batching_text, batching_plot),
+    "serving": ("Servers", serving_text, serving_plot),
+    "soak": ("Servers, for ten minutes", soak_text, soak_plot),
     "training": ("Training", training_text, training_plot),
     "evaluation": ("Evaluation", evaluation_text, evaluation_plot),
     "tokenizer": ("Tokenizer", tokenizer_text, tokenizer_plot),

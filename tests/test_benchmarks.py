@@ -17,13 +17,14 @@ def test_quick_run(tmp_path):
     command = [sys.executable, "-m", "benchmarks", "--quick", "--work", str(tmp_path)]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    names = {"decode", "attention", "prompts", "rounds", "batching", "training"}
+    names = {"decode", "attention", "prompts", "rounds", "batching", "soak", "training"}
     if SHARED.is_dir():
-        names |= {"tokenizer", "quantization_quality", "evaluation"}
+        names |= {"tokenizer", "quantization_quality", "evaluation", "serving"}
     else:
         assert "tokenizer is left out" in result.stderr
     figures = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "quick").glob("*/*.json")}
     assert figures.keys() == names and all("cpu" in figure["machine"] for figure in figures.values())
+    assert all(way["outcomes"].keys() <= {"answered", "hung up", "refused"} for way in figures["soak"]["ways"].values())
     if "llama_cpp is not installed" in result.stderr:
         assert figures["decode"]["int4"]["ratio"] == {}
     page = (tmp_path / "quick/benchmarks.md").read_text()
