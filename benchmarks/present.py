@@ -240,7 +240,7 @@ def batching_plot(figures: dict, plt):
 
 
 def serving_text(figures: dict) -> str:
-    """The throughput of each server, the ratio of this package's better way to each peer, and what clients wait for."""
+    """The throughput of each server, the ratio of this package's faster mode to each peer, and the waiting times."""
     servers = [name for name in figures["rows"][0] if name != "clients"]
     ours = [name for name in servers if name in OUR_SERVERS]
     peers = [name for name in servers if name not in OUR_SERVERS]
@@ -249,17 +249,17 @@ def serving_text(figures: dict) -> str:
         best = max(row[name]["tokens_s"] for name in ours)
         speeds = [f"{row[name]['tokens_s']:.1f}" for name in servers]
         rows.append([row["clients"], *speeds, *(f"{best / row[name]['tokens_s']:.2f}" for name in peers)])
-    header = ["clients", *servers, *(f"better way / {name}" for name in peers)]
+    header = ["clients", *servers, *(f"faster mode / {name}" for name in peers)]
     text = "Tokens per second of all answers together, prompts included:\n\n" + table(header, rows)
     rows = [
         [row["clients"], *(f"{row[name]['first_token_s']:.1f} / {row[name]['token_s']:.2f}" for name in servers)]
         for row in figures["rows"]
     ]
-    text += "\n\nSeconds that a client waits for the first token, and for each one after it:\n\n"
+    text += "\n\nSeconds until the first token, and for each token after it:\n\n"
     text += table(["clients", *servers], rows)
     return text + (
         f"\n\n{figures['layers']} layers, prompts of {figures['words']} words on average, answers of {figures['tokens']} tokens, "
-        "each client with a prompt of its own. INT4 (llama.cpp: Q4_0). All clients ask at the same moment."
+        "a different prompt for each client. INT4 (llama.cpp: Q4_0). All clients send their request at the same moment."
     )
 
 
@@ -292,11 +292,20 @@ def soak_text(figures: dict) -> str:
         rows.append(
             [way, *(outcomes.get(name, 0) for name in expected), errors, *waits, f"{memory[0]} to {memory[-1]}"]
         )
-    header = ["", *expected, "errors", "median, s", "slowest, s", "memory, first to last minute, MB"]
+    header = [
+        "",
+        "answered",
+        "disconnected",
+        "refused",
+        "errors",
+        "median, s",
+        "slowest, s",
+        "memory, first to last minute, MB",
+    ]
     return table(header, rows) + (
-        f"\n\n{figures['clients']} clients ask the small model for {figures['minutes']:.0f} minutes. One stream in ten is hung up "
-        "on, and two more clients send requests that must be refused and leave connections half open. Errors are whatever else "
-        "came, greedy answers that were not equal to the one before among them."
+        f"\n\n{figures['clients']} clients send requests to the small model for {figures['minutes']:.0f} minutes. One stream in "
+        "ten is disconnected by its client. Two more clients send requests that must be refused, and leave connections half open. "
+        "Errors are all other outcomes, for example a greedy answer that differs from the one before."
     )
 
 

@@ -458,7 +458,7 @@ def card_figures(report: dict, fits: dict[str, int] | None) -> str:
             f"| {name.replace('_', '-')} | {rows} | {s['epochs']} | {s['steps']:,} | {s['tokens'] / 1e6:.1f} M |"
         )
     lines += ["", f"{report['parameters'] / 1e6:.1f} million parameters.", ""]
-    lines += ["Held out, perplexity of the answers by token of its own vocabulary:", ""]
+    lines += ["Perplexity of the held-out answers, per token of the model's own vocabulary:", ""]
     forms = report["held_out"]
     lines += [f"| corpus | dialogues | {' | '.join(forms)} |", "|---|---" + "|---" * len(forms) + "|"]
     for name, figures in next(iter(forms.values())).items():
@@ -466,12 +466,12 @@ def card_figures(report: dict, fits: dict[str, int] | None) -> str:
         lines.append(f"| {' | '.join(map(str, cells))} |")
     lines += [
         "",
-        "Of the greedy answers to the 100 prompts of `training/prompts.json` ([samples.md](samples.md), all of them)",
+        "The model answered the 100 prompts of `training/prompts.json` greedily ([all answers](samples.md)).",
     ]
     if fits is None:
-        return "\n".join([*lines, "it is not judged yet how many fit."])
+        return "\n".join([*lines, "How many answers fit has not been judged yet."])
     lines += [
-        f"{sum(fits.values())} fit, judged by reading ([judgements.json](judgements.json)); of ten of each kind:",
+        f"{sum(fits.values())} answers fit, as judged by a reader ([judgements.json](judgements.json)). By kind, out of ten:",
         "",
     ]
     lines += [f"| {' | '.join(fits)} |", "|---" * len(fits) + "|", f"| {' | '.join(map(str, fits.values()))} |"]
