@@ -67,8 +67,7 @@ def load(auto_class, name: str | Path, may_lack: tuple[str, ...] = (), checkpoin
             ) from error
     for weight, shape, expected in found["mismatched_keys"]:
         raise ValueError(
-            f"{weight} in {name} is {list(shape)}; by config.json it should be {list(expected)}. They belong to different "
-            "models."
+            f"{weight} in {name} is {list(shape)}; config.json says {list(expected)}. They belong to different models."
         )
     missing = sorted(key for key in found["missing_keys"] if not any(part in key for part in may_lack))
     if missing:

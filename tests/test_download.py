@@ -263,7 +263,7 @@ def test_too_small_a_disk_is_refused_before_the_download(server, tmp_path, monke
     source = download.Source("here", files, lambda *args: pytest.fail("downloaded"))
     monkeypatch.setitem(download.SOURCES, "huggingface", lambda name, revision: source)
     monkeypatch.setattr(download.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2e9, 1e9, 0.5e9))
-    with pytest.raises(ValueError, match="has room for 0.50 GB, and 1.00 GB are to be downloaded"):
+    with pytest.raises(ValueError, match="has 0.50 GB free, and 1.00 GB must be downloaded"):
         download.download(NAME, tmp_path / "output")
 
 
