@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import yaml
@@ -224,3 +225,20 @@ def test_github_runs_what_ci_runs():
     workflow = yaml.safe_load((ROOT / ".github/workflows/test.yml").read_text())
     (job,) = workflow["jobs"].values()
     assert ".ci/run" in [step.get("run") for step in job["steps"]]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.parent != ROOT and page.name != "README.md"])
+def test_pages_begin_with_a_command(page):
+    """After a sentence, from an activated environment or by make."""
+    command = page.read_text(encoding="utf-8").split("```shell\n")[1].splitlines()[0]
+    assert command == "source .venv/bin/activate" or command.startswith("make "), command
+
+
+def test_maps_name_every_page():
+    for folder in (ROOT / "docs", ROOT / "docs/zh"):
+        text = (folder / "README.md").read_text(encoding="utf-8")
+        pages = {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"}
+        assert {Path(target).name for target in re.findall(r"\]\(([^)#]+\.md)\)", text)} >= pages
+    for page in sorted((ROOT / "docs/zh").glob("*.md")):  # English pages are marked
+        for label, target in re.findall(r"\[([^\]]+)\]\(\.\./([a-z-]+\.md)[^)]*\)", page.read_text(encoding="utf-8")):
+            assert label.endswith("（英文）"), (page.name, target)
