@@ -43,7 +43,8 @@ ASSISTED_DECODING = {"assistant_model", "assistant_early_exit", "prompt_lookup_n
 
 class InvalidScoreLogitsProcessor(LogitsProcessor):
     """
-    Ends the rows whose logits are NaN or infinite, with a warning. The other rows continue.
+    Ends the rows whose logits are NaN or infinite, with a warning. The other rows continue. Logits of minus infinity are
+    tokens that another processor does not allow.
 
     Args:
         eos_token_id (`int`): The token that ends a row.
@@ -55,7 +56,7 @@ class InvalidScoreLogitsProcessor(LogitsProcessor):
         self.eos_token_id = eos_token_id
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        invalid = ~torch.isfinite(scores).all(dim=-1)
+        invalid = ~torch.isfinite(scores.amax(dim=-1))  # the maximum of a row with NaN is NaN
         if not invalid.any():
             return scores
         logger.warning(

@@ -108,7 +108,8 @@ class RotaryEmbedding(nn.Module):
         if depends_on_length:
             self.inv_freq = inv_freq
         angles = position_ids[..., None].float() * inv_freq
-        angles = angles.repeat_interleave(2, dim=-1)
+        # Not dim=-1: torch's legacy ONNX export (2.13) adds 3 to this -1 in place, and so to every other -1 of the graph.
+        angles = angles.repeat_interleave(2, dim=2)
         cos = angles.cos() * self.attention_scaling
         sin = angles.sin() * self.attention_scaling
         sin[..., 0::2].neg_()

@@ -126,11 +126,14 @@ class ChatGLMTokenizer(TokenizersBackend):
     def add_tokens(self, new_tokens, special_tokens: bool = False) -> int:
         """
         Adds tokens to the vocabulary, and returns how many are new. They are read from text, except GLM's and named ones
-        (`eos_token`, ...).
+        (`eos_token`, ...). `decode` leaves out special ones.
         """
         unread = {*GLM_SPECIAL_TOKENS, *self.special_tokens_map.values()}
         tokens = []
         for token in [new_tokens] if isinstance(new_tokens, (str, AddedToken)) else new_tokens or ():
+            is_special = special_tokens or getattr(token, "special", False)
+            if is_special and str(token) not in self.all_special_tokens:
+                self._extra_special_tokens.append(str(token))
             # The backend would look for a normalized token, "▁<new>", in the normalized text: at its beginning only.
             options = {"normalized": False} if isinstance(token, str) else token.__getstate__()
             # It skips the special ones in text, so for it no others are special. The library keeps its own list.

@@ -113,9 +113,29 @@ def test_options_pass_through(model, tokenizer):
     assert model.chat(tokenizer, "你好", generation_config=config)[0] == plain
     assert model.chat(tokenizer, "你好", cache_implementation="static", **GREEDY)[0] == plain
     assert model.chat(tokenizer, "你好", prompt_lookup_num_tokens=3, **GREEDY)[0] == plain
-    banned = tokenizer.encode(plain, add_special_tokens=False)[-1]
-    assert model.chat(tokenizer, "你好", suppress_tokens=[banned], **GREEDY)[0] != plain
     assert isinstance(model.chat(tokenizer, "你好", num_beams=2, **GREEDY)[0], str)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"suppress_tokens": list(range(3, 500))},
+        {"begin_suppress_tokens": list(range(3, 500))},
+        {"bad_words_ids": [[i] for i in range(3, 500)]},
+        {"min_new_tokens": 4},
+        {"no_repeat_ngram_size": 1},
+        {"prefix_allowed_tokens_fn": lambda row, ids: list(range(500, 600))},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_tokens_that_are_not_allowed(model, tokenizer, logs, options):
+    """Their logits are minus infinity, and the answer goes on."""
+    inputs = model.build_inputs(tokenizer, "你好")
+    output = model.generate(**inputs, **GREEDY, **options)[0, inputs["input_ids"].shape[1] :]
+    response = model.chat(tokenizer, "你好", **GREEDY, **options)[0]
+    assert response == model.process_response(tokenizer.decode(output)) != ""
+    assert list(model.stream_chat(tokenizer, "你好", **GREEDY, **options))[-1][0] == response
+    assert "infinite" not in logs.text
 
 
 # Rounds that reuse the cache

@@ -90,6 +90,39 @@ def test_variants(small_model, write_checkpoint, tmp_path, variant):
     torch.testing.assert_close(torch.tensor(outputs["logits"]), expected, atol=1e-4, rtol=1e-4)
 
 
+class Logits(torch.nn.Module):
+    """The legacy exporter makes inputs of a forward's optional arguments: this one has none."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids, attention_mask):
+        return self.model(input_ids, attention_mask=attention_mask, use_cache=False).logits
+
+
+@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
+def test_legacy_export(small_model, tmp_path, attn_implementation):
+    """`torch.onnx.export(dynamo=False)`, by which other programs export models."""
+    model = Logits(small_model(attn_implementation=attn_implementation))
+    ids = torch.randint(3, 128, (2, 7))
+    axes = {0: "batch", 1: "sequence"}
+    torch.onnx.export(
+        model, (ids, torch.ones_like(ids)), tmp_path / "model.onnx", dynamo=False,
+        input_names=["input_ids", "attention_mask"], output_names=["logits"],
+        dynamic_axes={"input_ids": axes, "attention_mask": axes, "logits": axes},
+    )  # fmt: skip
+    ids = torch.randint(3, 128, (3, 11))  # another size than the example's
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    outputs = ort(tmp_path / "model.onnx")({"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
+    with torch.no_grad():
+        expected = model(ids, mask)
+    torch.testing.assert_close(
+        torch.tensor(outputs["logits"])[mask.bool()], expected[mask.bool()], atol=1e-4, rtol=1e-4
+    )
+
+
 def test_quantized_and_what_cannot_be(small_model, write_checkpoint, tmp_path):
     source = write_checkpoint(tmp_path / "source", SMALL, small_model().state_dict())
     quantize.convert(source, tmp_path / "int8", bits=8)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -136,6 +137,17 @@ def test_save_and_load(checkpoint, tmp_path):
     assert config["architectures"] == ["ChatGLMModel"]
     published = json.loads((ROOT / "config.json").read_text())
     assert config["auto_map"] == published["auto_map"]
+
+
+def test_folder_of_a_model_alone(checkpoint, tmp_path):
+    """The library's message does not say that the tokenizer is missing: docs/migration.md does."""
+    load(checkpoint).save_pretrained(tmp_path)
+    page = (ROOT / "docs/migration.md").read_text(encoding="utf-8")
+    for part in re.search(r"`(Couldn't instantiate .*? installed)`", page)[1].split(" ... "):
+        with pytest.raises(ValueError, match=part):
+            AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=True)
+    AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=True).save_pretrained(tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=True)("你好")["input_ids"]
 
 
 def test_push_to_hub_carries_everything(checkpoint, tmp_path, monkeypatch):

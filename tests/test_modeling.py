@@ -607,9 +607,10 @@ def test_invalid_logits_end_their_row(small_model, chatglm, logs, do_sample):
 
 
 def test_infinite_logits(chatglm):
-    scores = torch.tensor([[0.0, 1.0, 2.0], [0.0, torch.inf, 2.0]])
+    inf, nan = torch.inf, torch.nan
+    scores = torch.tensor([[0, 1, 2], [-inf, 1, -inf], [0, inf, 2], [-inf, nan, 2], [-inf, -inf, -inf]])
     ended = chatglm.generation.InvalidScoreLogitsProcessor(2)(None, scores)
-    assert torch.equal(ended[0], scores[0]) and ended[1].tolist() == [-torch.inf, -torch.inf, 0]
+    assert torch.equal(ended[:2], scores[:2]) and ended[2:].tolist() == [[-inf, -inf, 0]] * 3
 
 
 # The cache

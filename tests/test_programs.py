@@ -140,6 +140,26 @@ def test_openvino_converts_the_model(small_model, attn_implementation):
     torch.testing.assert_close(output[mask.bool()], expected[mask.bool()], atol=1e-4, rtol=1e-4)
 
 
+# sentence-transformers
+
+
+def test_sentence_transformers(model, tokenizer):
+    """It pools the hidden states, by the checkpoint's path."""
+    name = "sentence_transformers"
+    library = pytest.importorskip(name, reason="sentence-transformers is not installed: make test-others")
+    encoder = library.SentenceTransformer(
+        str(TINY), trust_remote_code=True, device="cpu", model_kwargs={"dtype": torch.float32}
+    )
+    texts = ["Hello", "A longer text, so that the other one is padded."]
+    prompts = [tokenizer.build_prompt(text) for text in texts]
+    inputs = tokenizer(prompts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        states = model.transformer(**inputs).last_hidden_state
+    mask = inputs["attention_mask"][..., None]
+    expected = (states * mask).sum(1) / mask.sum(1)
+    torch.testing.assert_close(encoder.encode(texts, convert_to_tensor=True), expected, atol=1e-4, rtol=1e-4)
+
+
 # TRL and PEFT
 
 

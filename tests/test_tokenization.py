@@ -407,6 +407,22 @@ def test_tokens_of_programs(tokenizer, chatglm, tmp_path):
     assert other.decode(other("x<a>")["input_ids"]) == "x<a>"
 
 
+def test_special_tokens_of_programs(tokenizer, chatglm, tmp_path):
+    """However they are added, `decode` leaves them out, also after saving. Those that are there already stay as they are."""
+    tokenizer.save_pretrained(tmp_path)
+    other = chatglm.ChatGLMTokenizer.from_pretrained(tmp_path)
+    special_tokens_map = dict(other.special_tokens_map)
+    assert other.add_tokens(["</s>", "sop"], special_tokens=True) == 0
+    assert other.special_tokens_map == special_tokens_map
+    assert other.add_tokens(["<a>"], special_tokens=True) == 1
+    assert other.add_tokens([AddedToken("<b>", special=True), "<c>"]) == 2
+    other.save_pretrained(tmp_path)
+    for tokenizer in (other, chatglm.ChatGLMTokenizer.from_pretrained(tmp_path), pickle.loads(pickle.dumps(other))):
+        ids = tokenizer("x<a>y<b>z<c>")["input_ids"]
+        assert tokenizer.decode(ids) == "xyz<c>"
+        assert tokenizer.decode(ids, skip_special_tokens=False) == "[gMASK]sop" + "x<a>y<b>z<c>"
+
+
 def test_streaming_decode(tokenizer):
     text = "你好👋！Hello, world\n𠮷"
     streamer = TextIteratorStreamer(tokenizer)
