@@ -5,9 +5,10 @@ continuous batching, beside llama.cpp's (llama-cpp-python with its `server` extr
     python -m benchmarks.serving --output build/serving.json
     python -m benchmarks.serving --vllm .venv-vllm/bin/vllm
 
-All have the same random weights, in INT4 (vLLM in bfloat16), run at once and take turns: each answers the same prompts, of
-different lengths, greedily and as a stream. Tokens per second are those of all answers together, the prompts' time included. The
-time to the first token is a client's, from its request on; that per token is between its tokens. Medians over rounds.
+All have the same random weights, in INT4 or Q4_0 with embedding and output layer in INT8 or Q8_0 (vLLM: bfloat16). They run at
+once and take turns: each answers the same prompts, of different lengths, greedily and as a stream. Tokens per second are those of
+all answers together, the prompts' time included. The time to the first token is a client's, from its request on; that per token
+is between its tokens. Medians over rounds.
 """
 
 import json
@@ -45,12 +46,12 @@ def write_with_vocabulary(folder: Path, **sizes):
     shutil.copy(SHARED / "tokenizer/tokenizer.model", folder)
 
 
-def gguf_of(checkpoint: Path, path: Path) -> Path:
-    """The same weights for llama.cpp, in Q4_0 with embedding and head in Q8_0."""
+def converted(command: str, checkpoint: Path, path: Path, *options: str) -> Path:
+    """The same weights as a command of conversion/ writes them."""
 
     def write(output: Path):
-        command = [sys.executable, "-m", "conversion.to_gguf", "--model", str(checkpoint)]
-        subprocess.run([*command, "--output", str(output), "--type", "q4_0"], cwd=ROOT, check=True)
+        command_line = [sys.executable, "-m", command, "--model", str(checkpoint), "--output", str(output), *options]
+        subprocess.run(command_line, cwd=ROOT, check=True)
 
     return prepared(path, write)
 
@@ -149,10 +150,12 @@ def main():
         raise SystemExit(f"The published tokenizer is not at {SHARED}.")
     checkpoint = prepared(args.work / f"serving-{args.layers}", write_with_vocabulary, num_layers=args.layers)
     threads = str(torch.get_num_threads())
-    ours = [sys.executable, "-m", "serving", "--model", str(checkpoint), "--quantization", "int4"]
+    folder = args.work / f"serving-int4-{args.layers}"
+    int4 = converted("conversion.quantize", checkpoint, folder, "--quantize-embeddings")
+    ours = [sys.executable, "-m", "serving", "--model", str(int4)]
     commands = {"one by one": ours, "continuous batching": [*ours, "--continuous-batching"]}
     if is_installed("llama_cpp"):
-        gguf = gguf_of(checkpoint, args.work / f"q4_0-{args.layers}.gguf")
+        gguf = converted("conversion.to_gguf", checkpoint, args.work / f"q4_0-{args.layers}.gguf", "--type", "q4_0")
         settings = {"n_ctx": CONTEXT, "n_threads": threads, "n_threads_batch": threads, "interrupt_requests": False}
         settings = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
         commands["llama.cpp"] = [sys.executable, "-m", "llama_cpp.server", "--model", str(gguf), *settings]
