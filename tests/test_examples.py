@@ -99,7 +99,7 @@ def test_interrupt_keeps_the_dialogue(tiny, monkeypatch, capsys):
     "args, message",
     [
         (["--model", "no/such/folder"], "--model no/such/folder: There is no folder no/such/folder"),
-        (["--model", "docs"], "--model docs: there is no config.json in it"),
+        (["--model", "docs"], "--model docs: it has no config.json"),
         (["--device", "cuda:7"], "--device cuda:7"),
         (["--device", "toaster"], "--device toaster"),
         (["--temperature", "-1"], "-1: must be at least 0"),
