@@ -256,6 +256,27 @@ def test_disk_offload(checkpoint, model, tmp_path):
     same(load(checkpoint, device_map=device_map, offload_folder=str(tmp_path)), model)
 
 
+@pytest.mark.parametrize("device_map", ["disk", "cpu_offload"])
+def test_chat_with_all_weights_offloaded(tmp_path, device_map):
+    """The model is then on the meta device, and its inputs are not."""
+    accelerate = pytest.importorskip("accelerate")
+    tokenizer = AutoTokenizer.from_pretrained(TINY, trust_remote_code=True)
+    plain = load(TINY, dtype=torch.float32)
+    if device_map == "disk":
+        offloaded = load(TINY, dtype=torch.float32, device_map={"": "disk"}, offload_folder=str(tmp_path))
+    else:
+        offloaded = accelerate.cpu_offload(load(TINY, dtype=torch.float32), torch.device("cpu"))
+    assert offloaded.device.type == "meta"
+
+    def answers(model) -> list:
+        options = dict(do_sample=False, max_new_tokens=4)
+        first, history, cache = model.chat(tokenizer, "你好", return_past_key_values=True, **options)
+        *_, (second, _) = model.stream_chat(tokenizer, "hi", history, past_key_values=cache, **options)
+        return [first, second, *model.chat(tokenizer, ["你好", "hi"], **options)[0]]
+
+    assert answers(offloaded) == answers(plain)
+
+
 def test_pipeline(checkpoint):
     generator = pipeline(
         "text-generation", model=load(checkpoint), tokenizer=AutoTokenizer.from_pretrained(TINY, trust_remote_code=True)
