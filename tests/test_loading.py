@@ -256,14 +256,18 @@ def test_disk_offload(checkpoint, model, tmp_path):
     same(load(checkpoint, device_map=device_map, offload_folder=str(tmp_path)), model)
 
 
-@pytest.mark.parametrize("device_map", ["disk", "cpu_offload"])
-def test_chat_with_all_weights_offloaded(tmp_path, device_map):
+@pytest.mark.parametrize("to", ["disk", "cpu"])
+def test_chat_with_offloaded_weights(tmp_path, to):
     """The model is then on the meta device, and its inputs are not."""
     accelerate = pytest.importorskip("accelerate")
     tokenizer = AutoTokenizer.from_pretrained(TINY, trust_remote_code=True)
     plain = load(TINY, dtype=torch.float32)
-    if device_map == "disk":
-        offloaded = load(TINY, dtype=torch.float32, device_map={"": "disk"}, offload_folder=str(tmp_path))
+    if to == "disk":
+        # The norm is small. Transformers 5.9 runs no model that is on disk as a whole.
+        device_map = {"transformer.encoder.final_layernorm": "cpu", "transformer.rotary_pos_emb": "cpu"}
+        disk = ["embedding", "output_layer", *(f"encoder.layers.{i}" for i in range(8))]
+        device_map |= {f"transformer.{name}": "disk" for name in disk}
+        offloaded = load(TINY, dtype=torch.float32, device_map=device_map, offload_folder=str(tmp_path))
     else:
         offloaded = accelerate.cpu_offload(load(TINY, dtype=torch.float32), torch.device("cpu"))
     assert offloaded.device.type == "meta"
