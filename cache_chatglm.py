@@ -71,25 +71,27 @@ class ChatRecord:
             the keys and values of the first ones.
         rounds (`list[tuple[str, str]]`): The rounds, as returned in the history.
         ends (`list[int]`): `ids[:ends[i]]` are the rounds up to i.
-        weights (`tuple[float, ...]`): Samples of the weights that computed the cache.
+        weights (`tuple`): Samples of the weights that computed the cache.
     """
 
     ids: list[int] = field(default_factory=list)
     rounds: list[tuple[str, str]] = field(default_factory=list)
     ends: list[int] = field(default_factory=list)
-    weights: tuple[float, ...] = ()
+    weights: tuple = ()
 
 
 @torch.no_grad()
-def sample_weights(model) -> tuple[float, ...]:
-    """Returns a few numbers of each weight, which change when the weights do."""
+def sample_weights(model) -> tuple:
+    """Returns a few numbers of each weight, which change when the weights do, and which adapters of PEFT are active."""
     samples = []
     for parameter in model.parameters():
         if parameter.device.type != "meta":  # offloaded
             local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
             flat = local.detach().flatten()
             samples.append(flat[:: flat.numel() // 4 + 1].float().sum())
-    return tuple(float(sample) for sample in samples)
+    layers = [module for module in model.modules() if hasattr(module, "base_layer")]
+    adapters = {(layer.disable_adapters, *layer.active_adapters) for layer in layers}
+    return *(float(sample) for sample in samples), adapters
 
 
 def crop_cache(cache: Cache, ids: list[int]):

@@ -139,17 +139,22 @@ class ChatGLMGenerationMixin(GenerationMixin):
         """Cleans an answer as published: strips it, and fills in the one placeholder of the training data."""
         return response.strip().replace("[[训练时间]]", "2023年")
 
+    @property
+    def input_device(self) -> torch.device:
+        """Where inputs belong. Offloaded weights are on no device: Accelerate takes inputs from the CPU."""
+        return torch.device("cpu") if self.device.type == "meta" else self.device
+
     def build_inputs(self, tokenizer, query: str, history: list[tuple[str, str]] | None = None):
         """Returns the encoded prompt of a dialogue, on the model's device."""
-        return tokenizer([tokenizer.build_prompt(query, history)], return_tensors="pt").to(self.device)
+        return tokenizer([tokenizer.build_prompt(query, history)], return_tensors="pt").to(self.input_device)
 
     def build_stream_inputs(self, tokenizer, query: str, history: list[tuple[str, str]] | None = None):
         """Returns the encoded prompt of the newest round alone, to continue a cache that holds the `history`."""
         prompt = tokenizer.build_prompt(query, history)
         if not history:
-            return tokenizer([prompt], return_tensors="pt").to(self.device)
+            return tokenizer([prompt], return_tensors="pt").to(self.input_device)
         ids = encode_continuation(tokenizer, prompt[len(rounds_text(tokenizer, history)) :])
-        return tokenizer.pad({"input_ids": [ids]}, return_tensors="pt").to(self.device)
+        return tokenizer.pad({"input_ids": [ids]}, return_tensors="pt").to(self.input_device)
 
     @torch.no_grad()
     def chat(
@@ -418,7 +423,7 @@ class ChatGLMGenerationMixin(GenerationMixin):
             options[CACHE_NAME] = cache
         if options.get("generation_config") is None and not self.needs_the_whole_prompt(len(record.ids), None, options):
             options.setdefault("prefill_chunk_size", PREFILL_CHUNK_SIZE)
-        input_ids = torch.tensor([record.ids], device=self.device)
+        input_ids = torch.tensor([record.ids], device=self.input_device)
         return record, {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}, options
 
     def _check_chat(self, tokenizer, query: str):
@@ -491,7 +496,7 @@ class ChatGLMGenerationMixin(GenerationMixin):
             self._start_round(tokenizer, query, history, None, options) for query, history in zip(queries, histories)
         ]
         prompts = [record.ids for record, _, _ in rounds]
-        inputs = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(self.device)
+        inputs = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(self.input_device)
         prompt_length = inputs["input_ids"].shape[1]
         # The limits of a round count from the beginning of its prompt: padding does not shorten the answers.
         *_, options = self._limit_length(options)

@@ -569,6 +569,20 @@ def test_cache_computed_with_other_weights_is_refused(small_model, tokenizer, ch
     model.chat(tokenizer, "再见", history, **GREEDY)
 
 
+def test_cache_computed_with_other_adapters_is_refused(small_model, tokenizer):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["query_key_value"], init_lora_weights=False)
+    model = peft.get_peft_model(small_model(11, padded_vocab_size=8064, seq_length=512), config)
+    model.add_adapter("other", config)
+    _, history, cache = model.chat(tokenizer, "你好", return_past_key_values=True, **GREEDY)
+    model.chat(tokenizer, "再见", history, past_key_values=cache, **GREEDY)
+    with model.disable_adapter(), pytest.raises(ValueError, match="computed with other weights"):
+        model.chat(tokenizer, "再见", history, past_key_values=cache, **GREEDY)
+    model.set_adapter("other")
+    with pytest.raises(ValueError, match="computed with other weights"):
+        model.chat(tokenizer, "再见", history, past_key_values=cache, **GREEDY)
+
+
 def test_chat_in_training_mode(small_model, tokenizer, chatglm, logs):
     """With dropout or gradient checkpointing, which needs the cache, the answer would be nonsense."""
     model = small_model(11, padded_vocab_size=8064, seq_length=512, hidden_dropout=0.5)

@@ -672,7 +672,7 @@ def test_next_run_removes_what_a_killed_one_left(tmp_path, capsys, empty_folder)
     process.communicate(timeout=60)
     assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) > 10_000_000
     to_safetensors.main(["--output", str(output)])
-    assert re.search(r"Removed [\d,]{10} bytes in .*, which an interrupted run had left", capsys.readouterr().err)
+    assert re.search(r"Removed [\d,]{10} bytes in .*, left by an interrupted run", capsys.readouterr().err)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert not any(path.name.startswith(".") for path in output.iterdir())
     assert_same_bytes(weights(output), weights(TINY))

@@ -474,7 +474,7 @@ LAW, GSM8K, NAVIGATE = "ceval/val/law_val.csv", "gsm8k/test.jsonl", "bbh/navigat
     [
         ("ceval", "law", LAW, lambda b: None, FileNotFoundError, "law_val.csv is missing. Complete the folder"),
         ("ceval", "law", LAW, lambda b: b"", ValueError, "law_val.csv is empty"),
-        ("ceval", "law", LAW, lambda b: b.replace(b",A\r", b",E\r", 1), ValueError, "question 1: the answer is 'E', and must be"),
+        ("ceval", "law", LAW, lambda b: b.replace(b",A\r", b",E\r", 1), ValueError, "question 1: the answer is 'E', but it must be"),
         ("ceval", "law", LAW, lambda b: b.replace(b",A\r", b",AB\r", 1), ValueError, "question 1: the answer is 'AB'"),
         ("ceval", "law", LAW, lambda b: b.replace(b",A\r", ",²\r".encode(), 1), ValueError, "question 1: the answer is '²'"),
         ("ceval", "law", LAW, lambda b: b.replace("丁".encode(), b" ", 1), ValueError, "one of its four choices is empty"),

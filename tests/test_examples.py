@@ -99,7 +99,7 @@ def test_interrupt_keeps_the_dialogue(tiny, monkeypatch, capsys):
     "args, message",
     [
         (["--model", "no/such/folder"], "--model no/such/folder: There is no folder no/such/folder"),
-        (["--model", "docs"], "--model docs: there is no config.json in it"),
+        (["--model", "docs"], "--model docs: it has no config.json"),
         (["--device", "cuda:7"], "--device cuda:7"),
         (["--device", "toaster"], "--device toaster"),
         (["--temperature", "-1"], "-1: must be at least 0"),
@@ -182,7 +182,7 @@ DAMAGES = {
     "cut weights": (cut, "cannot be loaded: SafetensorError"),
     "no weights": (remove("model.safetensors"), "There are no weights in"),
     "missing weight": (change_weight(lambda w: w.pop(HEAD)), f"lacks {HEAD}, which would be random"),
-    "another shape": (change_weight(lambda w: w.update({HEAD: w[HEAD][:9].clone()})), r"is \[9, 256\]; by config.json"),
+    "another shape": (change_weight(lambda w: w.update({HEAD: w[HEAD][:9].clone()})), r"is \[9, 256\]; config.json says"),
     "index of no files": (rename_to_shard('{"weight_map": 5}'), "index.json: weight_map must be an object .* got 5"),
     "index of other folders": (rename_to_shard('{"weight_map": {"a": "../x"}}'), "index.json: weight_map must be an object"),
     "shard that is missing": (rename_to_shard('{"weight_map": {"a": "x.safetensors"}}'), "lacks x.safetensors of the files"),

@@ -256,6 +256,31 @@ def test_disk_offload(checkpoint, model, tmp_path):
     same(load(checkpoint, device_map=device_map, offload_folder=str(tmp_path)), model)
 
 
+@pytest.mark.parametrize("to", ["disk", "cpu"])
+def test_chat_with_offloaded_weights(tmp_path, to):
+    """The model is then on the meta device, and its inputs are not."""
+    accelerate = pytest.importorskip("accelerate")
+    tokenizer = AutoTokenizer.from_pretrained(TINY, trust_remote_code=True)
+    plain = load(TINY, dtype=torch.float32)
+    if to == "disk":
+        # The norm is small. Transformers 5.9 runs no model that is on disk as a whole.
+        device_map = {"transformer.encoder.final_layernorm": "cpu", "transformer.rotary_pos_emb": "cpu"}
+        disk = ["embedding", "output_layer", *(f"encoder.layers.{i}" for i in range(8))]
+        device_map |= {f"transformer.{name}": "disk" for name in disk}
+        offloaded = load(TINY, dtype=torch.float32, device_map=device_map, offload_folder=str(tmp_path))
+    else:
+        offloaded = accelerate.cpu_offload(load(TINY, dtype=torch.float32), torch.device("cpu"))
+    assert offloaded.device.type == "meta"
+
+    def answers(model) -> list:
+        options = dict(do_sample=False, max_new_tokens=4)
+        first, history, cache = model.chat(tokenizer, "你好", return_past_key_values=True, **options)
+        *_, (second, _) = model.stream_chat(tokenizer, "hi", history, past_key_values=cache, **options)
+        return [first, second, *model.chat(tokenizer, ["你好", "hi"], **options)[0]]
+
+    assert answers(offloaded) == answers(plain)
+
+
 def test_pipeline(checkpoint):
     generator = pipeline(
         "text-generation", model=load(checkpoint), tokenizer=AutoTokenizer.from_pretrained(TINY, trust_remote_code=True)

@@ -600,7 +600,7 @@ def test_wrong_tests_are_refused_before_training(start, data, tmp_path):
     assert not (tmp_path / "out").exists()
     model = ["--model_name_or_path", str(start), "--do_predict", "--test_file", data["pairs"], "--use_cpu"]
     for recipe in (lora, ptuning):
-        with pytest.raises(ValueError, match="training.lora cannot load an adapter"):
+        with pytest.raises(ValueError, match="cannot load an adapter|no prefix to answer with"):
             recipe.main(model)
 
 
