@@ -646,7 +646,8 @@ def test_missing_tensors(checkpoint, write_checkpoint, tmp_path, name):
 def test_disk_offload(checkpoint, tmp_path):
     model = load(checkpoint).quantize(8)
     model.save_pretrained(tmp_path / "int8")
-    device_map = {"transformer": "cpu", "transformer.encoder.layers.0": "disk"}
+    names = ("embedding", "rotary_pos_emb", "encoder.layers.1", "encoder.final_layernorm", "output_layer")
+    device_map = {f"transformer.{name}": "cpu" for name in names} | {"transformer.encoder.layers.0": "disk"}
     offloaded = load(tmp_path / "int8", device_map=device_map, offload_folder=tmp_path / "offload")
     torch.testing.assert_close(offloaded(IDS).logits, model(IDS).logits)
 
