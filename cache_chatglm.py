@@ -80,6 +80,40 @@ class ChatRecord:
     weights: tuple = ()
 
 
+def rounds_text(tokenizer, rounds: Sequence[tuple[str, str]]) -> str:
+    """Text of complete rounds, up to the end of the last answer; `tokenizer.build_prompt` of one more begins with it."""
+    *earlier, (query, response) = rounds
+    return tokenizer.build_prompt(query, earlier) + response
+
+
+def encode_continuation(tokenizer, text: str) -> list[int]:
+    """Encodes text that follows other text: without the prefix, and the space that SentencePiece begins texts with."""
+    return tokenizer.encode(text, add_special_tokens=False)[1:]
+
+
+def continue_record(tokenizer, record: ChatRecord, query: str, history: Sequence[tuple[str, str]]) -> ChatRecord:
+    """
+    Returns the record of `history` and a new `query`. The rounds at its beginning that `record` knows keep the ids that
+    they were generated with, which may differ from those of their text; the rest is encoded.
+
+    It is encoded round by round, which gives the same ids as all at once: rounds begin with newlines, which are pieces
+    of their own.
+    """
+    prompt = tokenizer.build_prompt(query, history)
+    rounds = [tuple(pair) for pair in history]
+    known = common_prefix(record.rounds, rounds)
+    ids, ends = record.ids[: record.ends[known - 1]] if known else [], record.ends[:known]
+    begin = len(rounds_text(tokenizer, rounds[:known])) if known else 0
+    for i in range(known, len(rounds) + 1):
+        end = len(rounds_text(tokenizer, rounds[: i + 1])) if i < len(rounds) else None
+        text = prompt[begin:end]
+        ids = ids + (encode_continuation(tokenizer, text) if i else tokenizer.encode(text))
+        if end is not None:
+            ends = [*ends, len(ids)]
+            begin = end
+    return ChatRecord(ids, rounds, ends, record.weights)
+
+
 @torch.no_grad()
 def sample_weights(model) -> tuple:
     """Returns a few numbers of each weight, which change when the weights do, and which adapters of PEFT are active."""

@@ -4,44 +4,20 @@ Field names, defaults and the file format are those of the published ChatGLM2-6B
 rest of the ecosystem uses for the same things (`num_hidden_layers`, `max_position_embeddings`, ...) work too.
 """
 
-import math
-from typing import Any
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+
+from .configuration_checks_chatglm import ConfigurationChecks, refuse_foreign_fields
 
 
 # What the published config.json carries. Converters (TensorRT-LLM, llama.cpp) tell the ChatGLM versions apart by it.
 PUBLISHED_NAME = "THUDM/chatglm2-6b"
 
-# Fields of related architectures that change the maths, and the values for which they change nothing here. A checkpoint
-# with any other value is not a ChatGLM2: it would load and produce nonsense.
-FOREIGN_FIELDS = {
-    "activation_func": ("swiglu",),
-    "attn_logit_softcapping": (None,),
-    "final_logit_softcapping": (None,),
-    "hidden_act": ("silu", "swiglu"),
-    "inner_hidden_size": (),  # ChatGLM-6B
-    "logit_scale": (None, 1.0),
-    "max_sequence_length": (),  # ChatGLM-6B
-    "num_experts": (None, 0),
-    "num_local_experts": (None, 0),
-    "parallel_residual": (None, False),
-    "position_encoding_2d": (None, False),  # ChatGLM-6B
-    "qk_layernorm": (None, False),
-    "sliding_window": (None,),
-    "use_qk_norm": (None, False),
-}
-
-
-# The library's types, except those made for other models' layouts
-ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
-
-MAX_LAYERS = 1000  # more is a damaged file, which would take all memory
-
 
 @strict
-class ChatGLMConfig(PreTrainedConfig):
+class ChatGLMConfig(ConfigurationChecks, PreTrainedConfig):
     r"""
     Configuration of a ChatGLM2 model. The defaults are those of the published class. ChatGLM2-6B itself has other
     values (32,768 positions, QKV bias, 2 key-value heads): see `config.json`.
@@ -141,10 +117,10 @@ class ChatGLMConfig(PreTrainedConfig):
     apply_query_key_layer_scaling: bool = True
     attention_softmax_in_fp32: bool = True
     fp32_residual_connection: bool = False
-    quantization_bit: int = 0
+    quantization_bit: Literal[0, 4, 8] = 0
     pre_seq_len: int | None = None
     prefix_projection: bool = False
-    original_rope: bool = True
+    original_rope: Literal[True] = True
     rope_ratio: float | int = 1.0
     rope_parameters: dict | None = None
     initializer_range: float = 0.02
@@ -155,12 +131,7 @@ class ChatGLMConfig(PreTrainedConfig):
     pad_token_id: int | None = 0
 
     def __post_init__(self, num_key_value_heads: int | None = None, head_dim: int | None = None, **kwargs):
-        for name, accepted in FOREIGN_FIELDS.items():
-            if name in kwargs and kwargs[name] not in accepted:
-                raise ValueError(
-                    f"{name}={kwargs[name]!r} belongs to another architecture than ChatGLM2. Load this checkpoint with "
-                    "the code that was published with it."
-                )
+        refuse_foreign_fields(kwargs)
         self._published_name = kwargs.pop("_name_or_path", None) or PUBLISHED_NAME
         if self.quantization_bit and not kwargs.get("quantization_config"):
             kwargs["quantization_config"] = {"quant_method": "chatglm", "bits": self.quantization_bit}
@@ -180,69 +151,6 @@ class ChatGLMConfig(PreTrainedConfig):
             if self.kv_channels != type(self).kv_channels:
                 raise ValueError(f"head_dim={head_dim} contradicts kv_channels={self.kv_channels}: give one of them.")
             self.kv_channels = head_dim
-
-    # The library calls every method whose name begins with `validate_` once the fields are set.
-
-    def validate_sizes(self):
-        names = "num_layers padded_vocab_size ffn_hidden_size num_attention_heads seq_length multi_query_group_num"
-        for name in names.split():
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("hidden_size", "initializer_range"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
-        if self.num_layers > MAX_LAYERS:
-            raise ValueError(f"num_layers must be at most {MAX_LAYERS}, got {self.num_layers}.")
-        if self.pre_seq_len is not None and self.pre_seq_len < 1:
-            raise ValueError(f"pre_seq_len must be at least 1, or None for no prefix, got {self.pre_seq_len}.")
-
-    def validate_numbers(self):
-        for name in ("hidden_dropout", "attention_dropout", "classifier_dropout"):
-            if getattr(self, name) is not None and not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}.")
-        for name in ("layernorm_epsilon", "rope_ratio"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}.")
-
-    def validate_attention(self):
-        if self.kv_channels < 2 or self.kv_channels % 2:
-            raise ValueError(
-                f"kv_channels must be a positive even number, as RoPE rotates pairs of channels, got {self.kv_channels}."
-            )
-        if self.multi_query_attention and self.num_attention_heads % self.multi_query_group_num:
-            raise ValueError(
-                f"num_attention_heads ({self.num_attention_heads}) must be divisible by multi_query_group_num "
-                f"({self.multi_query_group_num})."
-            )
-
-    def validate_rotary_embedding(self):
-        rope_type = self.rope_parameters["rope_type"]
-        if rope_type not in ROPE_TYPES:
-            raise ValueError(f"rope_parameters['rope_type'] must be one of {', '.join(ROPE_TYPES)}, got {rope_type!r}.")
-        for name in ("rope_theta", "factor"):
-            value = self.rope_parameters.get(name, 1.0)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-                raise ValueError(f"rope_parameters[{name!r}] must be a positive number, got {value!r}.")
-        if rope_type != "default" and self.rope_ratio != 1:
-            raise ValueError(
-                f"rope_ratio={self.rope_ratio} and rope_parameters['rope_type']={rope_type!r} both scale the positions: "
-                "set rope_ratio to 1, or rope_type to 'default'."
-            )
-        if not self.original_rope:
-            raise ValueError("original_rope=False is not ChatGLM2's rotary embedding, and is not supported.")
-
-    def validate_quantization(self):
-        if self.quantization_bit not in (0, 4, 8):
-            raise ValueError(f"quantization_bit must be 0, 4 or 8, got {self.quantization_bit}.")
-        quantization_config = getattr(self, "quantization_config", None)
-        if isinstance(quantization_config, (str, int, float, list)):
-            raise ValueError(
-                "quantization_config must be a dictionary such as {'quant_method': 'chatglm', 'bits': 4}, got "
-                f"{quantization_config!r}."
-            )
-        fields = quantization_config if isinstance(quantization_config, dict) else {}
-        if fields.get("quant_method") == "chatglm" and "bits" not in fields:
-            raise ValueError(f"quantization_config lacks 'bits', which must be 4 or 8: {quantization_config}.")
 
     @property
     def context_length(self) -> int:
@@ -275,8 +183,6 @@ class ChatGLMConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        if not isinstance(config_dict, dict):
-            raise ValueError(f"config.json must hold an object of fields, not {type(config_dict).__name__}.")
         config_dict = dict(config_dict)
         # These two are in the file for other programs to read. Here they follow from the published fields.
         for derived, source in (("num_key_value_heads", "multi_query_group_num"), ("head_dim", "kv_channels")):

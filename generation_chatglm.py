@@ -5,7 +5,6 @@ and the encoding of long prompts in chunks are the library's.
 """
 
 import bisect
-import copy
 import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from transformers.generation import LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import TextStreamer
 from transformers.utils import logging
 
-from .cache_chatglm import ChatRecord, common_prefix, crop_cache, sample_weights
+from .cache_chatglm import ChatRecord, continue_record, crop_cache, encode_continuation, rounds_text, sample_weights
 from .checks_chatglm import check_prompt, check_room
 from .compat_chatglm import (
     CACHE_NAME,
@@ -27,7 +26,7 @@ from .compat_chatglm import (
     name_cache_for_peft,
     rename_cache,
 )
-from .streaming_chatglm import LineTokenizer, TokenStreamer
+from .streaming_chatglm import TokenStreamer, keep_indentation
 
 
 logger = logging.get_logger(__name__)
@@ -81,29 +80,23 @@ class ChatGLMGenerationMixin(GenerationMixin):
         """
         kwargs = rename_cache(kwargs)
         prompts = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"), kwargs.get("attention_mask"))
-        lengths = [prompt.shape[1] for prompt in prompts if isinstance(prompt, torch.Tensor) and prompt.dim() > 1]
-        check_room(kwargs.get(CACHE_NAME), max(lengths, default=0))
-        mask = kwargs.get("attention_mask")
-        is_assistant = getattr(
-            generation_config, "is_assistant", False
-        )  # whose context need not hold all of the dialogue
-        if lengths and not is_assistant:
+        length = max((p.shape[1] for p in prompts if isinstance(p, torch.Tensor) and p.dim() > 1), default=0)
+        check_room(kwargs.get(CACHE_NAME), length)
+        if length and not getattr(generation_config, "is_assistant", False):  # whose context may be shorter
+            mask = kwargs.get("attention_mask")
             is_mask = isinstance(mask, torch.Tensor) and mask.dim() == 2
-            check_prompt(int(mask.sum(-1).max()) if is_mask else max(lengths), self.config)  # padding does not count
+            check_prompt(int(mask.sum(-1).max()) if is_mask else length, self.config)  # padding does not count
         chunk_size, cache = kwargs.get("prefill_chunk_size"), kwargs.get(CACHE_NAME)
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"prefill_chunk_size must be at least 1, got {chunk_size}.")
         starts_over = cache is not None and int(cache.get_seq_length()) > 0 and not CHUNKS_CONTINUE_A_CACHE
-        if starts_over or (
-            chunk_size is None and self.needs_the_whole_prompt(max(lengths, default=0), generation_config, kwargs)
-        ):
+        needs_all = self.needs_the_whole_prompt(length, generation_config, kwargs)
+        if starts_over or (chunk_size is None and needs_all):
             kwargs["prefill_chunk_size"] = None
         if ASSISTED_DECODING & kwargs.keys():
             empty_for_assisted_decoding(cache)
-        streamer = kwargs.get("streamer")
-        if isinstance(streamer, TextStreamer) and STREAMED_LINES_LOSE_SPACES:
-            kwargs["streamer"] = streamer = copy.copy(streamer)
-            streamer.tokenizer = LineTokenizer(streamer.tokenizer)
+        if isinstance(kwargs.get("streamer"), TextStreamer) and STREAMED_LINES_LOSE_SPACES:
+            kwargs["streamer"] = keep_indentation(kwargs["streamer"])
         return super().generate(inputs, generation_config, *args, **kwargs)
 
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
@@ -113,15 +106,9 @@ class ChatGLMGenerationMixin(GenerationMixin):
 
     def needs_the_whole_prompt(self, length: int, generation_config, kwargs: dict) -> bool:
         """Whether a prompt of `length` tokens cannot be encoded in chunks with the same result, or should not be."""
-
-        def setting(name: str):
-            configs = (generation_config, self.generation_config)
-            values = [kwargs.get(name), *(getattr(config, name, None) for config in configs)]
-            return next((value for value in values if value is not None), None)
-
-        is_static = setting("cache_implementation") == "static" or getattr(
-            kwargs.get(CACHE_NAME), "is_compileable", False
-        )
+        setting = functools.partial(self._setting, options=kwargs, generation_config=generation_config)
+        cache = kwargs.get(CACHE_NAME)
+        is_static = setting("cache_implementation") == "static" or getattr(cache, "is_compileable", False)
         return (
             setting("use_cache") is False
             or kwargs.get("inputs_embeds") is not None
@@ -134,6 +121,12 @@ class ChatGLMGenerationMixin(GenerationMixin):
             or (is_static and length <= (setting("prefill_chunk_size") or PREFILL_CHUNK_SIZE))
             or prepares_inputs_elsewhere(self)  # PEFT would put its prompt before every chunk
         )
+
+    def _setting(self, name: str, options: dict, generation_config=None):
+        """Returns an argument of `generate`: that in `options`, or else in a generation configuration, or else None."""
+        configs = (generation_config, self.generation_config)
+        values = [options.get(name), *(getattr(config, name, None) for config in configs)]
+        return next((value for value in values if value is not None), None)
 
     def process_response(self, response: str) -> str:
         """Cleans an answer as published: strips it, and fills in the one placeholder of the training data."""
@@ -204,22 +197,21 @@ class ChatGLMGenerationMixin(GenerationMixin):
         )
         cache = kwargs.pop("cache", None) if past_key_values is None else past_key_values
         options = self._chat_options(tokenizer, options, logits_processor, kwargs)
-        if not isinstance(query, str) and isinstance(query, (list, tuple)):
+        if isinstance(query, (list, tuple)):
             if cache is not None or return_past_key_values:
-                raise ValueError(
-                    "A batch of queries cannot use a cache: leave past_key_values out, or chat one by one."
-                )
+                raise ValueError("A batch of queries cannot use a cache: leave it out, or chat one by one.")
             with evaluating(self):
                 return self._chat_batch(tokenizer, query, history, options)
 
         history = list_of_rounds(tokenizer, query, history)
         cache = self._chat_cache(cache, return_past_key_values, options)
-        record, inputs, options = self._start_round(tokenizer, query, history, cache, options)
+        record, options = self._start_round(tokenizer, query, history, cache, options)
+        prompt_length = len(record.ids)
         with evaluating(self):
-            output = self.generate(**inputs, **options)
+            output = self.generate(**options)
         ids = (output if isinstance(output, torch.Tensor) else output.sequences)[0].tolist()
         self._warn_if_cut(tokenizer, ids)
-        response = self._finish_round(tokenizer, query, record, ids, inputs["input_ids"].shape[1])
+        response = self._finish_round(tokenizer, query, record, ids, prompt_length)
         history.append((query, response))
         return (response, history, cache) if return_past_key_values else (response, history)
 
@@ -249,8 +241,8 @@ class ChatGLMGenerationMixin(GenerationMixin):
         options = self._chat_options(tokenizer, options, logits_processor, kwargs)
         history = list_of_rounds(tokenizer, query, history)
         cache = self._chat_cache(cache, return_past_key_values, options)
-        record, inputs, options = self._start_round(tokenizer, query, history, cache, options)
-        prompt_length = inputs["input_ids"].shape[1]
+        record, options = self._start_round(tokenizer, query, history, cache, options)
+        prompt_length = len(record.ids)
 
         def item(response: str):
             new_history = [*history, (query, response)]
@@ -258,7 +250,7 @@ class ChatGLMGenerationMixin(GenerationMixin):
 
         response = None
         with evaluating(self):
-            for output in self.stream_generate(**inputs, **options):
+            for output in self.stream_generate(**options):
                 ids = output[0].tolist()
                 text = tokenizer.decode(answer_ids(tokenizer, ids[prompt_length:]), skip_special_tokens=True)
                 # The bytes of one character can come as several tokens.
@@ -294,10 +286,8 @@ class ChatGLMGenerationMixin(GenerationMixin):
         """
         if "streamer" in kwargs:
             raise ValueError("Streaming has a streamer of its own. To use another, pass it to chat or generate.")
-        if (kwargs.get("num_beams") or getattr(generation_config, "num_beams", None) or 1) > 1:
-            raise ValueError(
-                "Beam search cannot be streamed, as it may change earlier tokens: use num_beams=1, or chat."
-            )
+        if (self._setting("num_beams", kwargs, generation_config) or 1) > 1:
+            raise ValueError("Beam search changes earlier tokens, and cannot be streamed: use num_beams=1, or chat.")
         kwargs = rename_cache(kwargs)
         if return_past_key_values and kwargs.get(CACHE_NAME) is None:
             kwargs[CACHE_NAME] = DynamicCache(config=self.config)
@@ -334,14 +324,11 @@ class ChatGLMGenerationMixin(GenerationMixin):
         if options.get("do_sample") is False or options.get("temperature", 1.0) < LEAST_TEMPERATURE:
             options.update(do_sample=False, top_p=1.0, temperature=1.0)
         if (options.get("num_return_sequences") or 1) > 1:
-            raise ValueError(
-                "chat gives one answer: num_return_sequences must be 1. For several, call it several times."
-            )
-        if options.get("stop_strings") or getattr(generation_config, "stop_strings", None):
+            raise ValueError("chat gives one answer. For several, call it several times, without num_return_sequences.")
+        if self._setting("stop_strings", options, generation_config):
             options["tokenizer"] = tokenizer  # by which `generate` finds them
-        configs = (generation_config, self.generation_config)
-        ends = [options.get("eos_token_id"), *(getattr(config, "eos_token_id", None) for config in configs)]
-        end = next((end for end in ends if end is not None), tokenizer.eos_token_id)
+        end = self._setting("eos_token_id", options, generation_config)
+        end = tokenizer.eos_token_id if end is None else end
         invalid_scores = InvalidScoreLogitsProcessor(end[0] if isinstance(end, list) else end)
         options["logits_processor"] = LogitsProcessorList([invalid_scores, *(logits_processor or ())])
         return options
@@ -351,11 +338,6 @@ class ChatGLMGenerationMixin(GenerationMixin):
         if cache is None:
             if not return_past_key_values:
                 return None
-            if options.get("cache_implementation") is not None:
-                raise ValueError(
-                    "return_past_key_values=True with cache_implementation: make the cache yourself, and pass it as "
-                    "past_key_values."
-                )
             cache = DynamicCache(config=self.config)
         if (options.get("num_beams") or 1) > 1 or options.get("use_cache") is False:
             raise ValueError(
@@ -384,12 +366,12 @@ class ChatGLMGenerationMixin(GenerationMixin):
 
     def _start_round(
         self, tokenizer, query: str, history: list[tuple[str, str]], cache: Cache | None, options: dict
-    ) -> tuple[ChatRecord, dict, dict]:
+    ) -> tuple[ChatRecord, dict]:
         """
         Prepares a round: fits the dialogue into the limits, and crops the cache to what can be reused.
 
         Returns:
-            The record of the context, the model's inputs and the arguments for `generate`.
+            The record of the context, and the arguments for `generate`.
         """
         self._check_chat(tokenizer, query)
         old_record = cache.chat_record if cache is not None else ChatRecord()
@@ -423,8 +405,9 @@ class ChatGLMGenerationMixin(GenerationMixin):
             options[CACHE_NAME] = cache
         if options.get("generation_config") is None and not self.needs_the_whole_prompt(len(record.ids), None, options):
             options.setdefault("prefill_chunk_size", PREFILL_CHUNK_SIZE)
-        input_ids = torch.tensor([record.ids], device=self.input_device)
-        return record, {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}, options
+        options["input_ids"] = torch.tensor([record.ids], device=self.input_device)
+        options["attention_mask"] = torch.ones_like(options["input_ids"])
+        return record, options
 
     def _check_chat(self, tokenizer, query: str):
         if len(tokenizer) > self.config.padded_vocab_size:
@@ -468,9 +451,8 @@ class ChatGLMGenerationMixin(GenerationMixin):
         return max_length - min(max_length // 4, 512), max_length - 1, options
 
     def _warn_if_cut(self, tokenizer, ids: list[int]):
-        context = self.config.context_length
-        if len(ids) >= context and ids[-1] != tokenizer.eos_token_id:
-            logger.warning(f"The answer was cut at the end of the context of {context} tokens (seq_length).")
+        if len(ids) >= self.config.context_length and ids[-1] != tokenizer.eos_token_id:
+            logger.warning(f"The answer was cut at the end of the context of {len(ids)} tokens (seq_length).")
 
     def _finish_round(self, tokenizer, query: str, record: ChatRecord, ids: list[int], prompt_length: int) -> str:
         """Enters an answer, complete or not, into the record, and returns its text."""
@@ -495,22 +477,17 @@ class ChatGLMGenerationMixin(GenerationMixin):
         rounds = [
             self._start_round(tokenizer, query, history, None, options) for query, history in zip(queries, histories)
         ]
-        prompts = [record.ids for record, _, _ in rounds]
+        prompts = [record.ids for record, _ in rounds]
         inputs = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(self.input_device)
         prompt_length = inputs["input_ids"].shape[1]
         # The limits of a round count from the beginning of its prompt: padding does not shorten the answers.
         *_, options = self._limit_length(options)
-        if "max_new_tokens" not in options:
-            options["max_new_tokens"] = options["max_length"] - min(len(prompt) for prompt in prompts)
-        options.pop("max_length")
+        options.setdefault("max_new_tokens", options.pop("max_length") - min(map(len, prompts)))
         outputs = self.generate(**inputs, **options)
         outputs = outputs if isinstance(outputs, torch.Tensor) else outputs.sequences
         responses = []
-        for (record, _, single), query, history, output in zip(
-            rounds, queries, histories, outputs.tolist(), strict=True
-        ):
-            ids = record.ids + output[prompt_length:]
-            ids = ids[: single["max_length"]]
+        for (record, single), query, history, output in zip(rounds, queries, histories, outputs.tolist(), strict=True):
+            ids = (record.ids + output[prompt_length:])[: single["max_length"]]
             responses.append(self._finish_round(tokenizer, query, record, ids, len(record.ids)))
             history.append((query, responses[-1]))
         return responses, histories
@@ -539,40 +516,6 @@ def list_of_rounds(tokenizer, query: str, history) -> list[tuple[str, str]]:
     """Returns a copy of a history; raises `ValueError` for a query or a history of another shape."""
     tokenizer.build_prompt(query, history)
     return list(history or ())
-
-
-def rounds_text(tokenizer, rounds: Sequence[tuple[str, str]]) -> str:
-    """Text of complete rounds, up to the end of the last answer; `tokenizer.build_prompt` of one more begins with it."""
-    *earlier, (query, response) = rounds
-    return tokenizer.build_prompt(query, earlier) + response
-
-
-def encode_continuation(tokenizer, text: str) -> list[int]:
-    """Encodes text that follows other text: without the prefix, and the space that SentencePiece begins texts with."""
-    return tokenizer.encode(text, add_special_tokens=False)[1:]
-
-
-def continue_record(tokenizer, record: ChatRecord, query: str, history: Sequence[tuple[str, str]]) -> ChatRecord:
-    """
-    Returns the record of `history` and a new `query`. The rounds at its beginning that `record` knows keep the ids that
-    they were generated with, which may differ from those of their text; the rest is encoded.
-
-    It is encoded round by round, which gives the same ids as all at once: rounds begin with newlines, which are pieces
-    of their own.
-    """
-    prompt = tokenizer.build_prompt(query, history)
-    rounds = [tuple(pair) for pair in history]
-    known = common_prefix(record.rounds, rounds)
-    ids, ends = record.ids[: record.ends[known - 1]] if known else [], record.ends[:known]
-    begin = len(rounds_text(tokenizer, rounds[:known])) if known else 0
-    for i in range(known, len(rounds) + 1):
-        end = len(rounds_text(tokenizer, rounds[: i + 1])) if i < len(rounds) else None
-        text = prompt[begin:end]
-        ids = ids + (encode_continuation(tokenizer, text) if i else tokenizer.encode(text))
-        if end is not None:
-            ends = [*ends, len(ids)]
-            begin = end
-    return ChatRecord(ids, rounds, ends, record.weights)
 
 
 def answer_ids(tokenizer, ids: list[int]) -> list[int]:

@@ -6,7 +6,8 @@ from torch import nn
 from transformers.utils import logging
 
 from .linear_chatglm import choose_linear
-from .quantization import QUANT_METHOD, quantize
+from .quantization import QUANT_METHOD
+from .quantization_calibration import quantize
 
 
 logger = logging.get_logger(__name__)

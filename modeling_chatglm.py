@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn import LayerNorm
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
@@ -23,7 +22,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import can_return_tuple, logging
+from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -40,19 +39,18 @@ from .compat_chatglm import CACHE_NAME, update_cache
 from .configuration_chatglm import ChatGLMConfig
 
 # Unused here, as the others marked F401: until 5.16, the library copies only those files of a folder that this one imports.
+from .configuration_checks_chatglm import ConfigurationChecks  # noqa: F401
 from .cpp_chatglm import CPP_SOURCE  # noqa: F401
 from .generation_chatglm import ChatGLMGenerationMixin
 from .linear_chatglm import choose_linear  # noqa: F401
 from .loading_chatglm import ChatGLMLoadingMixin
 from .prefix_chatglm import PrefixEncoder, uncover_prefix
 from .quantization import init_quantized
+from .quantization_calibration import quantize  # noqa: F401
 from .quantization_cpu import cpu_linear  # noqa: F401
 from .quantization_gpu import gpu_linear  # noqa: F401
 from .quantization_kernels import quantized_linear  # noqa: F401
 from .streaming_chatglm import TokenStreamer  # noqa: F401
-
-
-logger = logging.get_logger(__name__)
 
 
 class Embedding(nn.Module):
@@ -78,9 +76,7 @@ class RotaryEmbedding(nn.Module):
         super().__init__()
         self.config = config
         self.rope_type = config.rope_parameters["rope_type"]
-        self.rope_init_fn = self.compute_default_rope_parameters
-        if self.rope_type != "default":
-            self.rope_init_fn = ROPE_INIT_FUNCTIONS[self.rope_type]
+        self.rope_init_fn = ROPE_INIT_FUNCTIONS.get(self.rope_type, self.compute_default_rope_parameters)
         inv_freq, self.attention_scaling = self.rope_init_fn(config)
         self.register_buffer("inv_freq", inv_freq, persistent=False)
         self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
@@ -145,9 +141,6 @@ class RMSNorm(nn.Module):
         else:
             normed = nn.functional.rms_norm(x, weight.shape, weight, self.eps)
         return normed.to(hidden_states.dtype)
-
-    def extra_repr(self) -> str:
-        return f"{tuple(self.weight.shape)}, eps={self.eps}"
 
 
 def eager_attention_forward(
@@ -276,7 +269,7 @@ class MLP(nn.Module):
 
 
 def build_norm(config: ChatGLMConfig) -> nn.Module:
-    return (RMSNorm if config.rmsnorm else LayerNorm)(config.hidden_size, eps=config.layernorm_epsilon)
+    return (RMSNorm if config.rmsnorm else nn.LayerNorm)(config.hidden_size, eps=config.layernorm_epsilon)
 
 
 class GLMBlock(GradientCheckpointingLayer):
@@ -303,10 +296,10 @@ class GLMBlock(GradientCheckpointingLayer):
         prefix = None if prefix_key is None else (prefix_key, prefix_value)
         hidden_states, normed = self.pre_norm(self.input_layernorm, hidden_states)
         output, _ = self.self_attention(normed, prefix=prefix, **kwargs)
-        hidden_states = hidden_states + self.dropout(output)
+        hidden_states = hidden_states + nn.functional.dropout(output, self.hidden_dropout, self.training)
 
         hidden_states, normed = self.pre_norm(self.post_attention_layernorm, hidden_states)
-        return hidden_states + self.dropout(self.mlp(normed))
+        return hidden_states + nn.functional.dropout(self.mlp(normed), self.hidden_dropout, self.training)
 
     def pre_norm(self, norm: nn.Module, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the residual and the input of the sublayer."""
@@ -314,11 +307,6 @@ class GLMBlock(GradientCheckpointingLayer):
         residual = normed if self.residual_post_layernorm else hidden_states
         # The linear layers keep the model's dtype if the residual stream is in float32.
         return residual, normed.to(norm.weight.dtype) if self.fp32_residual_connection else normed
-
-    def dropout(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if not self.training:
-            return hidden_states  # even a call that does nothing takes time, twice in each layer
-        return nn.functional.dropout(hidden_states, p=self.hidden_dropout)
 
 
 class GLMTransformer(nn.Module):
@@ -352,7 +340,6 @@ class GLMTransformer(nn.Module):
 class ChatGLMPreTrainedModel(ChatGLMLoadingMixin, PreTrainedModel):
     """What all ChatGLM2 models have in common."""
 
-    config_class = ChatGLMConfig
     config: ChatGLMConfig
     base_model_prefix = "transformer"
     supports_gradient_checkpointing = True
@@ -494,8 +481,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         prefix = None
         if self.pre_seq_len is not None:
             prefix = self.get_prompt(inputs_embeds.shape[0], inputs_embeds.device, inputs_embeds.dtype)
-            is_causal = kwargs.get("is_causal")
-            attention_mask = uncover_prefix(attention_mask, cache, inputs_embeds, is_causal, self.config)
+            attention_mask = uncover_prefix(attention_mask, cache, inputs_embeds, kwargs.get("is_causal"), self.config)
         hidden_states = self.encoder(
             inputs_embeds,
             prefix,
@@ -624,10 +610,7 @@ class ChatGLMClassifier(ChatGLMPreTrainedModel):
     What the classifiers have in common. The head is called `score`, as PEFT and TRL expect, and `classifier_head` in
     checkpoints, as published.
 
-    Args:
-        config (`ChatGLMConfig`): What to build; `num_labels` is the number of classes.
-        empty_init (`bool`): Accepted as in the published code, without effect.
-        device: Where to put the model.
+    The arguments are those of the language model; `config.num_labels` is the number of classes.
     """
 
     def __init__(self, config: ChatGLMConfig, empty_init: bool = True, device=None):

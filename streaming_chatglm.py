@@ -1,12 +1,13 @@
 """Streaming: the steps of `generate` as an iterator, and lines of text that keep their indentation."""
 
+import copy
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 
 import torch
-from transformers.generation.streamers import BaseStreamer
+from transformers.generation.streamers import BaseStreamer, TextStreamer
 
 
 def capture_torch_context() -> Callable[[], ExitStack]:
@@ -108,3 +109,10 @@ class LineTokenizer:
 
     def __getattr__(self, name: str):
         return getattr(self.tokenizer, name)
+
+
+def keep_indentation(streamer: TextStreamer) -> TextStreamer:
+    """Returns a copy of a streamer that decodes by a `LineTokenizer`."""
+    streamer = copy.copy(streamer)
+    streamer.tokenizer = LineTokenizer(streamer.tokenizer)
+    return streamer

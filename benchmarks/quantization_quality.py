@@ -9,41 +9,30 @@ are no multiple of 32: for groups, they are filled up with zeros, rounded, and c
 """
 
 import math
-import random
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import torch
 from torch.nn.functional import pad
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel
 
-from common.package import TINY, module_of
-from training.data import DataArguments, PackedExamples, encode_dialogue
-from training.tiny import read_corpora, to_messages, to_rounds
+from common.files import read_json
+from common.package import ROOT, TINY, module_of
 
 from .measure import SHARED, options, report
 
 
 ROWS_AT_ONCE = 8
-LIMITS = DataArguments(max_source_length=128, max_target_length=127)
 
 
-def sample(corpora: dict[str, list], tokenizer, dialogues: int, rows: int) -> list[dict[str, torch.Tensor]]:
-    """Returns batches of packed dialogues, `dialogues` of each corpus at most and `rows` of 256 tokens in all."""
-    rng = random.Random(0)
-    examples = []
-    for name, corpus in corpora.items():
-        for row in rng.sample(corpus, min(dialogues, len(corpus))):
-            example = encode_dialogue(tokenizer, to_messages(to_rounds(name, row, rng)), LIMITS)
-            if example.input_ids:
-                examples.append({"input_ids": example.input_ids, "labels": example.labels})
-    rng.shuffle(examples)
-    packed = PackedExamples(tokenizer, LIMITS.max_length)(examples)
-    chosen = rng.sample(range(len(packed["input_ids"])), min(rows, len(packed["input_ids"])))
+def batches_of(path: Path, limit: int) -> list[dict[str, torch.Tensor]]:
+    """Returns the first `limit` rows of a file of `training.tiny rows`, in batches."""
+    rows = {name: torch.tensor(values[:limit]) for name, values in read_json(path).items()}
     return [
-        {name: values[chosen[start : start + ROWS_AT_ONCE]] for name, values in packed.items()}
-        for start in range(0, len(chosen), ROWS_AT_ONCE)
+        {name: values[start : start + ROWS_AT_ONCE] for name, values in rows.items()}
+        for start in range(0, len(rows["input_ids"]), ROWS_AT_ONCE)
     ]
 
 
@@ -81,10 +70,19 @@ def main():
     if not args.corpora.is_dir():
         raise SystemExit(f"{args.corpora} is missing: give it with --corpora.")
 
-    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=True)
-    train, held_out = read_corpora(args.corpora)
-    batches = sample(held_out, tokenizer, 200, args.rows)
-    calibration = [batch["input_ids"] for batch in sample(train, tokenizer, 200, args.calibration)]
+    command = [
+        sys.executable,
+        "-m",
+        "training.tiny",
+        "rows",
+        "--corpora",
+        str(args.corpora),
+        "--output",
+        str(args.model),
+    ]
+    subprocess.run([*command, "--limit", str(max(args.rows, args.calibration))], cwd=ROOT, check=True)
+    batches = batches_of(ROOT / "build/tiny/rows/held_out.json", args.rows)
+    calibration = [b["input_ids"] for b in batches_of(ROOT / "build/tiny/rows/train.json", args.calibration)]
 
     def load(**kwargs):
         return AutoModel.from_pretrained(args.model, trust_remote_code=True, dtype=torch.float32, **kwargs).eval()

@@ -100,7 +100,7 @@ def write_gguf(path: Path, layers: int = 28, kind: str = "Q4_0", **sizes):
     import gguf
     import numpy as np
 
-    from conversion.to_gguf import write_architecture
+    from common.gguf_architecture import write_architecture
 
     config = {**json.loads((ROOT / "config.json").read_text()), **sizes}
     hidden, ffn, heads = config["hidden_size"], config["ffn_hidden_size"], config["num_attention_heads"]

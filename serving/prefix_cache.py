@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from transformers import DynamicCache
 
+from cache_chatglm import common_prefix
+
 
 MIN_PREFIX = 16  # tokens: fewer are sooner encoded than looked after
 
@@ -63,8 +65,3 @@ class PrefixCache:
         self.entries.append(Entry(list(ids[:length]), min(prompt_length, length), cache, size))
         while sum(entry.bytes for entry in self.entries) > self.max_bytes:
             self.entries.pop(0)
-
-
-def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """Returns how many items at the beginning of `a` and `b` are equal."""
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))

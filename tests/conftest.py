@@ -81,6 +81,7 @@ def chatglm():
             for name in ("attention", "cache", "checks", "compat", "generation", "linear", "loading", "streaming")
         },
         quantization=sys.modules[f"{modeling.__package__}.quantization"],
+        calibration=sys.modules[f"{modeling.__package__}.quantization_calibration"],
         kernels=sys.modules[f"{modeling.__package__}.quantization_kernels"],
         tokenization=sys.modules[tokenizer_class.__module__],
     )

@@ -651,6 +651,18 @@ def test_invalid_logits_end_with_the_token_that_ends_answers(asked, eos_token_id
     assert asked(eos_token_id=eos_token_id)["logits_processor"][0].eos_token_id == end
 
 
+def test_lines_decoded_one_by_one(chatglm, tokenizer):
+    """As the streamers of older releases decode: what there is of a line after each token, then the next line."""
+    lines = chatglm.streaming.LineTokenizer(tokenizer)
+    newline, text, line = tokenizer.convert_tokens_to_ids("<0x0A>"), "", []
+    for token in tokenizer.encode("if a:\n  b\n    c", add_special_tokens=False):
+        line.append(token)
+        decoded = lines.decode(line)
+        if token == newline:
+            text, line = text + decoded, []
+    assert text + decoded == "if a:\n  b\n    c"
+
+
 class PlayedBack(LogitsProcessor):
     """Makes `generate` write a given text."""
 

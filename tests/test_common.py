@@ -20,8 +20,8 @@ from common.settings import check_settings, rows_fingerprint, weights_fingerprin
 from conftest import ROOT, SMALL, TINY
 
 
-FOLDERS = ("common", "training", "evaluation", "conversion", "examples", "serving")
-OTHERS = {*FOLDERS, "benchmarks", "tests"}
+FOLDERS = ("common", "training", "evaluation", "conversion", "examples", "serving", "benchmarks")
+OTHERS = {*FOLDERS, "tests"}
 
 
 def imported(path) -> set[str]:
@@ -41,6 +41,24 @@ def test_folders_import_only_common(folder):
     others = OTHERS - {folder} - ({"common"} if folder != "common" else set())
     for path in (ROOT / folder).glob("*.py"):
         assert not {name for name in imported(path) if name.split(".")[0] in others}, path
+
+
+@pytest.mark.parametrize(
+    "files, answer",
+    [
+        ({"config.json": {"model_type": "chatglm"}}, True),
+        ({"config.json": {}}, True),  # the published one
+        ({"config.json": {"model_type": "llama"}}, False),
+        ({"tokenizer_config.json": {"tokenizer_class": "ChatGLMTokenizer"}}, True),
+        ({"tokenizer_config.json": {"tokenizer_class": "LlamaTokenizer"}}, False),
+        ({}, False),
+    ],
+    ids=str,
+)
+def test_folders_of_chatglm2(tmp_path, files, answer):
+    for name, content in files.items():
+        write_json(tmp_path / name, content)
+    assert checkpoint.is_chatglm(tmp_path) is answer
 
 
 def test_checkpoints_carry_all_modules(tmp_path):

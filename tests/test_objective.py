@@ -73,6 +73,8 @@ def test_long_documents_end_once(tiny_tokenizer):
         eos = tiny_tokenizer.eos_token_id
         assert len(samples) > 2 and [s.ids[-1] == eos for s in samples] == [False] * (len(samples) - 1) + [ends]
         assert all(len(sample.ids) <= 64 for sample in samples)
+    document = {"input_ids": list(range(300, 500)), "seed": 0}
+    assert torch.equal(collator([document])["input_ids"], collator([document | {"ends": True}])["input_ids"])
 
 
 def test_spans_follow_in_shuffled_order(tiny_tokenizer, commands):

@@ -25,6 +25,11 @@ def quantization(chatglm):
 
 
 @pytest.fixture(scope="module")
+def calibration(chatglm):
+    return chatglm.calibration
+
+
+@pytest.fixture(scope="module")
 def checkpoint(small_model, write_checkpoint, tmp_path_factory):
     model = small_model(1, **WIDE)
     return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "small", WIDE, model.state_dict())
@@ -74,7 +79,7 @@ def test_bfloat16_does_not_wrap(quantization, bits):
 
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("options", [{}, {"group_size": 32}, {"scale_search": True}])
-def test_least_value_is_not_written(quantization, bits, options):
+def test_least_value_is_not_written(quantization, calibration, bits, options):
     """The range is symmetric: -8 and -128 would be what other readers take for a wrapped 8 or 128."""
     torch.manual_seed(0)
     weight = torch.randn(64, 256)
@@ -84,7 +89,7 @@ def test_least_value_is_not_written(quantization, bits, options):
         quantized = quantization.dequantize_weight(packed, torch.ones_like(scale.float()), bits)
         assert quantized.min() == -(2 ** (bits - 1) - 1)
     hessian = weight.T @ weight + 20 * torch.eye(256)
-    packed, scale = quantization.quantize_compensated(weight, hessian, bits, options.get("group_size"))
+    packed, scale = calibration.quantize_compensated(weight, hessian, bits, options.get("group_size"))
     assert quantization.dequantize_weight(packed, torch.ones_like(scale), bits).min() == -(2 ** (bits - 1) - 1)
 
 
@@ -122,12 +127,12 @@ def test_calibration_of_a_layer_that_gets_zeros(checkpoint):
     assert torch.isfinite(model.quantize(4, calibration=[IDS])(IDS).logits).all()
 
 
-def test_calibration_with_groups_of_zeros(quantization):
+def test_calibration_with_groups_of_zeros(quantization, calibration):
     """They leave the groups after them alone."""
     torch.manual_seed(0)
     weight, hessian = torch.randn(8, 96), torch.eye(96)
     weight[:, 32:64] = 0
-    packed, scale = quantization.quantize_compensated(weight, hessian, 8, 32)
+    packed, scale = calibration.quantize_compensated(weight, hessian, 8, 32)
     assert (scale[:, 1] == 0).all()
     torch.testing.assert_close(quantization.dequantize_weight(packed, scale, 8), weight, atol=0.02, rtol=0)
 
@@ -196,7 +201,7 @@ def test_every_way_gives_the_same(checkpoint, chatglm, quantization, name, tmp_p
     assert 0.8 * ERRORS[name] < logits_error(again, load(checkpoint)) < 1.2 * ERRORS[name]
 
 
-def test_better_rounding(quantization):
+def test_better_rounding(quantization, calibration):
     """Each option has a smaller error than the published rule; calibration in what the layer computes."""
     torch.manual_seed(0)
     weight = torch.randn(64, 256)
@@ -213,7 +218,7 @@ def test_better_rounding(quantization):
     hessian = x.T @ x
     hessian.diagonal().add_(0.01 * hessian.diagonal().mean())
     for group_size in (None, 32):
-        packed, scale = quantization.quantize_compensated(weight, hessian, 4, group_size)
+        packed, scale = calibration.quantize_compensated(weight, hessian, 4, group_size)
         assert scale.shape == ((64,) if group_size is None else (64, 8))
         assert errors(packed, scale)[1] < 0.5 * searched[1]
 
@@ -636,6 +641,15 @@ def test_missing_tensors(checkpoint, write_checkpoint, tmp_path, name):
             load(folder)
     else:
         assert (load(folder).get_parameter(f"{layer}.bias") == 0).all()
+
+
+def test_disk_offload(checkpoint, tmp_path):
+    model = load(checkpoint).quantize(8)
+    model.save_pretrained(tmp_path / "int8")
+    names = ("embedding", "rotary_pos_emb", "encoder.layers.1", "encoder.final_layernorm", "output_layer")
+    device_map = {f"transformer.{name}": "cpu" for name in names} | {"transformer.encoder.layers.0": "disk"}
+    offloaded = load(tmp_path / "int8", device_map=device_map, offload_folder=tmp_path / "offload")
+    torch.testing.assert_close(offloaded(IDS).logits, model(IDS).logits)
 
 
 def test_disk_offload_while_quantizing(checkpoint, tmp_path):

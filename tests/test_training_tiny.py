@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from common.files import read_json
 from conftest import ROOT, TINY
 from training import leaks, pretrain, sft, tiny, tiny_dialogues
 from training.templates import Templates, mistyped
@@ -38,6 +39,19 @@ def test_held_out_rows_share_nothing_with_learned_ones(tmp_path):
     assert not queries["a"] & queries["b"]
     with pytest.raises(SystemExit, match="There are no .*corpora"):
         tiny.read_corpora(tmp_path / "none")
+
+
+def test_rows_for_benchmarks(tmp_path, monkeypatch):
+    """In files, of dialogues packed together, those to learn and those held out."""
+    chats = [
+        {"messages": [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": "a"}]} for i in range(500)
+    ]
+    write_corpus(tmp_path, "chatterbot_en", chats)
+    monkeypatch.setattr(tiny, "WORK", tmp_path)
+    tiny.main(["rows", "--corpora", str(tmp_path), "--output", str(TINY), "--limit", "3"])
+    train, held_out = (read_json(tmp_path / f"rows/{name}.json") for name in ("train", "held_out"))
+    assert len(train["input_ids"]) == len(train["labels"]) == 3 and len(held_out["input_ids"]) in (1, 2, 3)
+    assert max(map(len, train["input_ids"])) <= 256 and train["position_ids"][0].count(0) > 1  # several dialogues
 
 
 @pytest.mark.parametrize(

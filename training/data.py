@@ -300,8 +300,7 @@ def encode_texts(rows: Dataset, tokenizer, args: DataArguments, max_length: int)
         return dict(zip(("input_ids", "ends"), map(list, zip(*pieces))))
 
     documents = keep_what_can_be_learned(mapped(rows, encode_row, args))
-    options = dict(num_proc=args.preprocessing_num_workers, load_from_cache_file=not args.overwrite_cache)
-    pieces = documents.map(cut, batched=True, desc="Cutting", **options)
+    pieces = mapped(documents, cut, args, batched=True, desc="Cutting")
     if len(pieces) > len(documents):
         logger.warning(
             f"Documents of more than {max_length:,} tokens are cut: {len(documents):,} into {len(pieces):,}."
@@ -318,9 +317,9 @@ def check_columns(found: list[str], wanted: list[str]):
         )
 
 
-def mapped(rows: Dataset, function, args: DataArguments) -> Dataset:
-    options = dict(num_proc=args.preprocessing_num_workers, load_from_cache_file=not args.overwrite_cache)
-    return rows.map(function, remove_columns=rows.column_names, desc="Encoding", **options)
+def mapped(rows: Dataset, function, args: DataArguments, desc: str = "Encoding", **options) -> Dataset:
+    options |= dict(num_proc=args.preprocessing_num_workers, load_from_cache_file=not args.overwrite_cache)
+    return rows.map(function, remove_columns=rows.column_names, desc=desc, **options)
 
 
 def keep_what_can_be_learned(rows: Dataset, limit: str = "") -> Dataset:

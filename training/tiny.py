@@ -7,6 +7,7 @@ Makes `checkpoints/tiny`, the small model in the repository, from openly license
     python -m training.sft --config training/configs/tiny_sft.yaml
     python -m training.tiny publish --corpora PATH      # the checkpoint in INT8, its answers, its perplexity
     python -m training.tiny card                        # the figures in its README, once the answers are judged
+    python -m training.tiny rows --corpora PATH         # dialogues to learn and held out, encoded, for benchmarks
 
 Every 50th row of each corpus is held out, chosen by a hash of its content, except from the few rows of `identity_bilingual`.
 Held-out rows that share a sentence or a query with a training row are dropped. Rows that nearly copy a prompt of
@@ -30,9 +31,10 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from common.files import write_json
 from common.options import Parser
 
-from .data import DataArguments, collator, encode, read
+from .data import DataArguments, PackedExamples, collator, encode, encode_dialogue, read
 from .leaks import LeakFinder, read_prompts
 from .objective import IGNORED
 from .templates import Templates
@@ -548,16 +550,32 @@ def card(output: Path):
     write_card_figures(output / "README.md", report, judged(output))
 
 
+def encoded_rows(corpora: dict[str, list], tokenizer, limit: int) -> dict[str, list]:
+    """Returns `limit` rows of 256 tokens at most, of dialogues packed together, 200 or fewer of each corpus."""
+    rng, args = random.Random(0), DataArguments(max_source_length=128, max_target_length=127)
+    examples = []
+    for name, corpus in corpora.items():
+        for row in rng.sample(corpus, min(200, len(corpus))):
+            example = encode_dialogue(tokenizer, to_messages(to_rounds(name, row, rng)), args)
+            if example.input_ids:
+                examples.append({"input_ids": example.input_ids, "labels": example.labels})
+    rng.shuffle(examples)
+    packed = PackedExamples(tokenizer, args.max_length)(examples)
+    chosen = rng.sample(range(len(packed["input_ids"])), min(limit, len(packed["input_ids"])))
+    return {name: values[chosen].tolist() for name, values in packed.items()}
+
+
 def main(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument("step", choices=["texts", "dialogues", "publish", "answers", "card"])
+    parser.add_argument("step", choices=["texts", "dialogues", "publish", "answers", "card", "rows"])
     parser.add_argument("--corpora", type=Path, help="folder with *.jsonl.gz")
     parser.add_argument(
         "--output", type=Path, default=ROOT / "checkpoints/tiny", help="folder of the checkpoint (default: %(default)s)"
     )
     parser.add_argument("--samples", type=Path, help="file for the answers (default: samples.md in the checkpoint)")
+    parser.add_argument("--limit", type=int, default=160, help="rows to encode of each kind (default: %(default)s)")
     args = parser.parse_args(argv)
-    if args.step in ("texts", "dialogues", "publish") and args.corpora is None:
+    if args.step in ("texts", "dialogues", "publish", "rows") and args.corpora is None:
         parser.error(f"{args.step} needs --corpora, the folder with *.jsonl.gz.")
     if args.step == "texts":
         prepare_texts(args.corpora, args.output / "tokenizer.model")
@@ -568,6 +586,10 @@ def main(argv=None):
     elif args.step == "answers":
         answers = answer_prompts(*load(args.output))
         (args.samples or args.output / "samples.md").write_text(answers, encoding="utf-8")
+    elif args.step == "rows":
+        tokenizer = AutoTokenizer.from_pretrained(args.output, trust_remote_code=True)
+        for name, corpora in zip(("train", "held_out"), read_corpora(args.corpora)):
+            write_json(WORK / "rows" / f"{name}.json", encoded_rows(corpora, tokenizer, args.limit))
     else:
         card(args.output)
 

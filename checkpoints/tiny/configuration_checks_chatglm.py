@@ -1,0 +1,1 @@
+../../configuration_checks_chatglm.py
