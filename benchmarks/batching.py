@@ -14,7 +14,7 @@ import torch
 from transformers import GenerationConfig
 
 from .measure import in_turn, options, report, seconds
-from .systems import Ours, random_prompt
+from .systems import Ours, paged_cache, random_prompt
 
 
 def main():
@@ -41,7 +41,7 @@ def main():
         model.generate(ids, attention_mask=mask, generation_config=greedy)
 
     def continuous(prompts: list[list[int]]):
-        outputs = model.generate_batch(inputs=prompts, generation_config=greedy, progress_bar=False)
+        outputs = model.generate_batch(prompts, greedy, paged_cache(prompts, args.tokens), progress_bar=False)
         model.set_attn_implementation(implementation)  # some releases leave it in paged form
         if any(len(output.generated_tokens) != args.tokens for output in outputs.values()):
             raise RuntimeError("generate_batch did not finish: see the log.")

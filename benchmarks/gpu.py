@@ -25,7 +25,7 @@ from .decode import weight_bytes
 from .gpu_limits import layer_shapes
 from .measure import Clock, options, report, seconds
 from .random_checkpoint import load, write_checkpoint
-from .systems import Glm, is_installed, prepared, random_prompt
+from .systems import Glm, is_installed, paged_cache, prepared, random_prompt
 
 
 PRECISIONS = {"bfloat16": None, "int8": 8, "int4": 4}
@@ -132,7 +132,7 @@ def measure_paged(model, requests: int, prompt: int, tokens: int) -> dict:
     config = model.generation_config
     config.max_new_tokens, config.do_sample = tokens, False
     start = time.perf_counter()
-    outputs = model.generate_batch(inputs=prompts, generation_config=config, progress_bar=False)
+    outputs = model.generate_batch(prompts, config, paged_cache(prompts, tokens), progress_bar=False)
     taken = time.perf_counter() - start
     generated = sum(len(output.generated_tokens) for output in outputs.values())
     return {"requests": requests, "prompt": prompt, "tokens_s": generated / taken}
