@@ -1,5 +1,5 @@
 """
-Evaluation beside the plain harness, by `python -m evaluation.compare`: how fast, and whether the scores are the same.
+Compares the evaluation with the plain harness, by `python -m evaluation.compare`: the time, and whether the scores are the same.
 
     python -m benchmarks.evaluation --data ../shared/data/eval
 """
@@ -21,7 +21,7 @@ def main():
     parser.add_argument("--limit", type=int, default=32, help="questions of each task (32)")
     args = parser.parse_args()
     if not args.data.is_dir():
-        raise SystemExit(f"{args.data} is missing: give the folder of the data sets with --data.")
+        raise SystemExit(f"{args.data} is missing: pass the folder with the data sets as --data.")
     if args.quick:
         args.limit, args.rounds = 2, 1
     with tempfile.TemporaryDirectory() as folder:

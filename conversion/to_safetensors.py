@@ -3,8 +3,8 @@ Rewrites a checkpoint's `.bin` files as safetensors, tensor by tensor: the model
 
     python -m conversion.to_safetensors --model path/to/chatglm2-6b --output chatglm2-6b-safetensors
 
-The values are the same to the bit; `inv_freq`, which nothing reads, is computed. The output is a whole checkpoint, with this
-package's code. Quantized checkpoints are taken too.
+The values are the same bit for bit, except `inv_freq`, which is computed and which nothing reads. The output is a complete
+checkpoint with this package's code. Quantized checkpoints work, too.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The options that the recipes share, and what loads a model by them."""
+"""The options that the recipes share, and loading a model by them."""
 
 import sys
 from collections.abc import Sequence
@@ -44,22 +44,23 @@ GONE = {
 
 @dataclass
 class ModelArguments(ModelConfig):
-    """TRL's, with the published names of what it does not have."""
+    """TRL's `ModelConfig`, and published options that it lacks."""
 
     config_name: str | None = field(
-        default=None, metadata={"help": "A folder with a config.json: new random weights, instead of a model's."}
+        default=None,
+        metadata={"help": "A folder with a config.json. Starts from new random weights, not from a model."},
     )
-    tokenizer_name: str | None = field(default=None, metadata={"help": "The model's own by default."})
+    tokenizer_name: str | None = field(default=None, metadata={"help": "Default: the model's own tokenizer."})
     quantization_bit: int | None = field(
         default=None,
-        metadata={"help": "4 or 8: the frozen weights in the published INT4 or INT8. For lora and ptuning."},
+        metadata={"help": "4 or 8: quantize the frozen weights to INT4 or INT8. For lora and ptuning."},
     )
     checkpoint_code: bool = field(
         default=False, metadata={"help": "Run the code in the model's folder or repository instead of this package's."}
     )
     fsdp_size: int | None = field(
         default=None,
-        metadata={"help": "Processes to split the model among as it is loaded (FSDP2 of Transformers >= 5.23)."},
+        metadata={"help": "Split the model over this many processes while loading (FSDP2, Transformers >= 5.23)."},
     )
 
     def __post_init__(self):
@@ -74,7 +75,7 @@ class ModelArguments(ModelConfig):
             self.distributed_config()
 
     def distributed_config(self):
-        """Returns what divides the model among `fsdp_size` processes; raises ValueError where the library cannot."""
+        """Returns the configuration that splits the model over `fsdp_size` processes. Raises ValueError if the library cannot."""
         try:
             from transformers.distributed import DistributedConfig
 
@@ -97,28 +98,33 @@ class ModelArguments(ModelConfig):
 class RecipeArguments(TrainingArguments):
     """Transformers' `TrainingArguments`, with other defaults."""
 
-    output_dir: str = field(default="output", metadata={"help": "Goes on from the last checkpoint there, if any."})
+    output_dir: str = field(
+        default="output", metadata={"help": "A run continues from the last checkpoint in this folder."}
+    )
     logging_steps: float = 10
     logging_first_step: bool = True
     save_total_limit: int | None = 2
     report_to: str | None = "none"
     include_num_input_tokens_seen: str = "all"  # for tokens per second in the log
-    max_new_tokens: int = field(default=128, metadata={"help": "Of an answer, in --do_predict."})
+    max_new_tokens: int = field(
+        default=128, metadata={"help": "Largest number of tokens of an answer with --do-predict."}
+    )
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Train anew, and remove the checkpoints in the output folder."}
+        default=False, metadata={"help": "Start again, and remove the checkpoints in the output folder."}
     )
     bf16: bool | None = field(
         default=None,
         metadata={
-            "help": "Autocast to bfloat16. On a CPU by default where that is measured to be faster, once.",
+            "help": "Autocast to bfloat16. Default on a CPU: if a measurement shows that it is faster.",
             "nargs": "?",
             "const": True,
         },
     )
     muon: bool = field(
-        default=False, metadata={"help": "Muon for the matrices of the layers, AdamW for the rest. torch 2.9 or newer."}
+        default=False,
+        metadata={"help": "Use Muon for the matrices of the layers, AdamW for the rest. Needs torch 2.9."},
     )
-    predict_with_generate: bool = field(default=True, metadata={"help": "As in the published scripts: always so."})
+    predict_with_generate: bool = field(default=True, metadata={"help": "Always true, as in the published scripts."})
 
     def __post_init__(self):
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
@@ -128,7 +134,7 @@ class RecipeArguments(TrainingArguments):
                 setattr(self, new, getattr(self, old))
         super().__post_init__()
         if not self.predict_with_generate:
-            raise ValueError("Predictions are always generated: leave --predict_with_generate out.")
+            raise ValueError("Predictions are always generated. Leave --predict-with-generate out.")
 
 
 # Names that all commands of this package have, and the Trainer's
@@ -138,8 +144,8 @@ CONFIGS = Path(__file__).with_name("configs")
 
 def parse(doc: str, *dataclasses, args: Sequence[str] | None = None) -> tuple:
     """
-    Reads the command line and the YAML file of `--config`, whose values the command line overrides. A file that is not in
-    the working directory may be one of `training/configs`, and the data file that it names one of this repository.
+    Reads the command line and the YAML file of `--config`; the command line wins. A file that does not exist in the working
+    directory is looked for in `training/configs`, and the data files that it names in this repository.
     """
     args = translate(sys.argv[1:] if args is None else list(args))
     if {"-h", "--help"} & set(args):
@@ -172,7 +178,7 @@ def parse(doc: str, *dataclasses, args: Sequence[str] | None = None) -> tuple:
 
 
 def translate(args: Sequence[str]) -> list[str]:
-    """Returns the command line with the Trainer's names of options, underscores for hyphens, and values apart."""
+    """Returns the command line with the Trainer's option names, underscores instead of hyphens, and separate values."""
     words = []
     for arg in args:
         if not arg.startswith("--"):
@@ -198,10 +204,10 @@ def translate(args: Sequence[str]) -> list[str]:
 
 def trainers_name(name: str, value) -> tuple:
     """
-    Returns what the Trainer or the published scripts call an option, and its value there; (None, None) for a default.
+    Returns the name and value of an option for the Trainer or the published scripts; (None, None) for a default.
 
     Raises:
-        ValueError: if the value is none of those that the option takes.
+        ValueError: if the option does not allow the value.
     """
     name = name.replace("-", "_")
     if name == "quantization":
@@ -224,7 +230,7 @@ def read_config(path: str = "") -> dict:
     path = next((file for file in (Path(path), CONFIGS / path) if file.is_file()), None) or missing_config(path)
     values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold one option a line, `name: value` (--config).")
+        raise ValueError(f"{path} must have one option per line, `name: value` (--config).")
     values = dict(trainers_name(str(name), value) for name, value in values.items())
     values.pop(None, None)
     for name in ("train_file", "validation_file", "test_file"):
@@ -238,7 +244,7 @@ def missing_config(path: str):
 
 
 def short_help(doc: str, dataclasses) -> str:
-    """Returns the options that this package adds to the library's, and how to see all."""
+    """Returns the help of the options that this package adds, and how to list all."""
     lines = [
         doc.strip(),
         "",
@@ -247,10 +253,10 @@ def short_help(doc: str, dataclasses) -> str:
     lines += [
         "  --config FILE            YAML with any of the options; the command line wins",
         "  --model NAME             a checkpoint folder, or OWNER/NAME on the Hub (--model_name_or_path)",
-        "  --output FOLDER          for the results; goes on with what is there (--output_dir)",
+        "  --output FOLDER          folder for results; a run in it is continued (--output_dir)",
         "  --quantization KIND      int4 or int8: quantize the frozen weights (--quantization_bit)",
         "  --device DEVICE          cpu, or what the machine has (--use_cpu)",
-        "  --dtype TYPE             of the weights: auto, float32, bfloat16, float16",
+        "  --dtype TYPE             type of the weights: auto, float32, bfloat16, float16",
     ]
     hidden = {"model_name_or_path", "output_dir", "quantization_bit", "dtype"}
     for kind in dataclasses:
@@ -271,7 +277,7 @@ def short_help(doc: str, dataclasses) -> str:
 
 
 def explain(name: str) -> str:
-    """Says of an unknown option what became of it."""
+    """Explains an unknown option."""
     return f"--{name} is no option any more: {GONE[name]}" if name in GONE else f"There is no option --{name}."
 
 
@@ -279,11 +285,11 @@ def load(
     args: ModelArguments, dtype: str | None = None, may_lack: tuple[str, ...] = (), **config
 ) -> tuple[PreTrainedModel, object]:
     """
-    Returns the model and its tokenizer, whose padding is on the right, as the published script trains.
+    Returns the model and its tokenizer, which pads on the right as in the published script.
 
     Args:
-        dtype: Instead of the one in `args`.
-        may_lack: Parts of the names of weights that the checkpoint need not have.
+        dtype: Overrides the one in `args`.
+        may_lack: Weights that may be missing, by parts of their names.
         config: Fields of the configuration to change.
 
     Raises:
@@ -298,7 +304,9 @@ def load(
     is_quantized = args.quantization_bit or args.load_in_4bit or getattr(config, "quantization_config", None)
     is_half = dtype in (None, "auto") and config.dtype == torch.float16
     if is_half and not is_quantized and not torch.accelerator.is_available():
-        logger.warning("The weights are loaded in float32: CPUs compute many times slower in float16 (--dtype).")
+        logger.warning(
+            "The weights are loaded in float32, because float16 is many times slower on CPUs (--dtype overrides this)."
+        )
         dtype = "float32"
     options = dict(dtype=dtype, attn_implementation=args.attn_implementation)
     if args.model_name_or_path is None:
