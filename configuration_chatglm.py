@@ -55,14 +55,6 @@ class ChatGLMConfig(ConfigurationChecks, PreTrainedConfig):
     Raises:
         ValueError: If the checkpoint is of another architecture, or two names of one field have different values.
         huggingface_hub.errors.StrictDataclassError: If a value has the wrong type or is impossible. The message names it.
-
-    Example:
-
-    ```python
-    >>> config = ChatGLMConfig(num_layers=2, hidden_size=64, num_attention_heads=4, kv_channels=16)
-    >>> config.num_hidden_layers
-    2
-    ```
     """
 
     model_type = "chatglm"

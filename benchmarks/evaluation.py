@@ -1,5 +1,5 @@
 """
-Compares the evaluation with the plain harness, by `python -m evaluation.compare`: the speed, and whether the scores are the same.
+Compares the evaluation with the plain harness, by `python -m evaluation.compare`: the time, and whether the scores are the same.
 
     python -m benchmarks.evaluation --data ../shared/data/eval
 """

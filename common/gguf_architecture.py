@@ -6,7 +6,7 @@ from .glm import rope_parameters
 
 
 def write_architecture(writer: gguf.GGUFWriter, config):
-    """Writes the sizes of the network. Raises `ValueError` if llama.cpp would compute something else."""
+    """Writes the sizes of the network. Raises `ValueError` if llama.cpp would compute different results."""
     if config.hidden_size != config.num_attention_heads * config.kv_channels:
         raise ValueError(
             f"llama.cpp computes heads of hidden_size / num_attention_heads ({config.hidden_size} / "

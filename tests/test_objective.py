@@ -188,7 +188,7 @@ def test_draws_depend_on_the_seed_alone(tiny_tokenizer):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(blanks=0, document=0), "and not all 0"),
+        (dict(blanks=0, document=0), "not all 0"),
         (dict(document=-1), "must not be negative"),
         (dict(masked_share=1.0), "masked_share must be between 0 and 1, got 1.0"),
         (dict(mean_span=0), "mean_span must be positive, got 0"),

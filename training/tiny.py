@@ -573,7 +573,7 @@ def main(argv=None):
         "--output", type=Path, default=ROOT / "checkpoints/tiny", help="folder of the checkpoint (default: %(default)s)"
     )
     parser.add_argument("--samples", type=Path, help="file for the answers (default: samples.md in the checkpoint)")
-    parser.add_argument("--limit", type=int, default=160, help="rows to encode of each kind (default: %(default)s)")
+    parser.add_argument("--limit", type=int, default=160, help="number of rows of each kind (default: %(default)s)")
     args = parser.parse_args(argv)
     if args.step in ("texts", "dialogues", "publish", "rows") and args.corpora is None:
         parser.error(f"{args.step} needs --corpora, the folder with *.jsonl.gz.")
