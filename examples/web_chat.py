@@ -116,10 +116,11 @@ def build_page(
     context = model.config.context_length
     max_lengths = {}  # of the sessions that changed it, for `check`, which is given the question alone
 
+    def error_of(message: str, max_length: int, request: gr.Request) -> str | None:
+        return too_long(model, tokenizer, message, max_length, request.headers.get("accept-language", ""))
+
     def check(message: str, request: gr.Request):
-        language = request.headers.get("accept-language", "")
-        max_length = max_lengths.get(request.session_hash, min(8192, context))
-        error = too_long(model, tokenizer, message, max_length, language)
+        error = error_of(message, max_lengths.get(request.session_hash, min(8192, context)), request)
         return gr.validate(error is None, error or "")
 
     def note_max_length(value: float, request: gr.Request):
@@ -129,9 +130,18 @@ def build_page(
         max_lengths.pop(request.session_hash, None)
 
     async def answer(
-        message: str, messages: list[dict], max_length: int, top_p: float, temperature: float, session: dict
+        message: str,
+        messages: list[dict],
+        max_length: int,
+        top_p: float,
+        temperature: float,
+        session: dict,
+        request: gr.Request,
     ):
         """Yields the answer as it grows, and its speed. `session` is the user's own, and keeps their cache."""
+        if error := error_of(message, int(max_length), request):  # of an edited question, which is not given to `check`
+            gr.Warning(error)  # an error would leave the page waiting
+            return
         # Where it is stopped, or the page closed, generation ends, and its cache is freed.
         stream = model.stream_chat(
             tokenizer,
@@ -152,8 +162,8 @@ def build_page(
                     yield response, f"{steps / seconds:.1f} tokens/s" if seconds > 0.2 else ""
                     steps += 1
             session["cache"] = cache
-        except ValueError as error:  # an edited question that is too long, say
-            gr.Warning(str(error))  # an error would leave the page waiting
+        except ValueError as error:
+            gr.Warning(str(error))
 
     chatbot = gr.Chatbot(
         label="对话 · Dialogue",
