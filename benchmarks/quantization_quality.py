@@ -19,7 +19,8 @@ from torch.nn.functional import pad
 from transformers import AutoModel, AutoTokenizer
 
 from common.package import TINY, module_of
-from training.data import DataArguments, PackedExamples, encode_dialogue
+from training.arguments import DataArguments
+from training.data import PackedExamples, encode_dialogue
 from training.tiny import read_corpora, to_messages, to_rounds
 
 from .measure import SHARED, options, report

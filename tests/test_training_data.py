@@ -10,9 +10,9 @@ import torch
 from datasets import Dataset
 
 from conftest import SMALL
+from training.arguments import DataArguments
 from training.data import (
     IGNORED,
-    DataArguments,
     PackedExamples,
     encode,
     encode_dialogue,
@@ -414,7 +414,7 @@ def test_bad_files(tmp_path, name, content, message):
 
 
 def test_bad_options(tiny_tokenizer, read_rows):
-    with pytest.raises(ValueError, match="There is no data for this: give a --validation_file"):
+    with pytest.raises(ValueError, match="There is no data for this: give a --validation-file"):
         read(arguments(), "validation")
     with pytest.raises(ValueError, match="max_source_length must be at least 8 tokens, got 2"):
         arguments(max_source_length=2)

@@ -13,7 +13,7 @@ training/rows.py reads them.
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +23,7 @@ from datasets.exceptions import DatasetGenerationError
 from transformers import DataCollatorForSeq2Seq
 from transformers.utils import logging
 
+from .arguments import DataArguments
 from .objective import IGNORED, Sample, pack, to_batch
 from .rows import Columns, file_format, read_file, read_row, read_rows, to_rounds, unread
 
@@ -39,56 +40,6 @@ FORMS = {
     "pair": Features({"query": TEXT, "response": TEXT, "history": ROUNDS}),
 }
 READER = 1  # to be raised when training/rows.py reads a file otherwise: rows are cached
-
-
-@dataclass
-class DataArguments:
-    """Where the rows are, and how long they may be."""
-
-    train_file: str | None = field(
-        default=None, metadata={"help": "JSON, JSONL, CSV or TSV, also compressed (.gz), or Parquet."}
-    )
-    validation_file: str | None = field(default=None, metadata={"help": "For the loss and perplexity held out."})
-    test_file: str | None = field(
-        default=None, metadata={"help": "To answer (--do_predict), and for ROUGE and BLEU where it has responses."}
-    )
-    dataset_name: str | None = field(default=None, metadata={"help": "On the Hub, or a folder, instead of files."})
-    dataset_config_name: str | None = None
-    prompt_column: str = "prompt"
-    input_column: str | None = field(
-        default=None, metadata={"help": "Added to the prompt on a line of its own, as Alpaca's `input` is by default."}
-    )
-    response_column: str = "response"
-    history_column: str | None = field(
-        default=None, metadata={"help": "With the rounds before, a list of [query, answer]."}
-    )
-    messages_column: str = field(default="messages", metadata={"help": "Read instead of prompts where there is one."})
-    text_column: str = field(default="text", metadata={"help": "Of pretraining."})
-    max_source_length: int = field(default=1024, metadata={"help": "Tokens of a prompt with its history."})
-    max_target_length: int = field(default=128, metadata={"help": "Tokens of a response."})
-    packing: bool = field(
-        default=False, metadata={"help": "Several examples a row, kept apart, instead of padding: for short ones."}
-    )
-    max_train_samples: int | None = None
-    max_eval_samples: int | None = None
-    max_predict_samples: int | None = None
-    preprocessing_num_workers: int | None = None
-    overwrite_cache: bool = field(default=False, metadata={"help": "Read and encode the data anew."})
-
-    def __post_init__(self):
-        for name in ("max_source_length", "max_target_length"):
-            if getattr(self, name) < 8:
-                raise ValueError(f"{name} must be at least 8 tokens, got {getattr(self, name)}.")
-        for name in ("max_train_samples", "max_eval_samples", "max_predict_samples"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if self.dataset_name and self.train_file:
-            raise ValueError("Both a dataset_name and a train_file are given; leave one of them out.")
-
-    @property
-    def max_length(self) -> int:
-        """Tokens of an example in all: the prompt, the response and `</s>`."""
-        return self.max_source_length + self.max_target_length + 1
 
 
 def read(args: DataArguments, split: str, limit: int | None = None, documents: bool = False) -> Dataset:
@@ -112,7 +63,7 @@ def read(args: DataArguments, split: str, limit: int | None = None, documents: b
         options = dict(fn_kwargs={"columns": columns}, features=FORMS[form], remove_columns=rows.column_names)
         found = chosen.map(read_row, with_indices=True, load_from_cache_file=not args.overwrite_cache, **options)
     elif path is None:
-        raise ValueError(f"There is no data for this: give a --{split}_file, or a --dataset_name with that split.")
+        raise ValueError(f"There is no data for this: give a --{split}-file, or a --dataset-name with that split.")
     else:
         file_format(path)
         first = next(read_file(path), None)
@@ -162,7 +113,7 @@ def choose_columns(args: DataArguments, found: list[str], is_test: bool, documen
         logger.warning(f"Read are the columns {', '.join(name for name in columns if name)}.")
     if left := unread(found, columns):
         logger.warning(
-            f"Not read are the columns {', '.join(left)}: name a column to read with --history_column or --input_column."
+            f"Not read are the columns {', '.join(left)}: name a column to read with --history-column or --input-column."
         )
     return columns, form
 
@@ -310,7 +261,7 @@ def check_columns(found: list[str], wanted: list[str]):
     if missing:
         raise ValueError(
             f"There is no column {', '.join(missing)} in the data; there are {', '.join(found)}. Name those to read with "
-            "--prompt_column, --response_column, --history_column, --input_column, --messages_column or --text_column."
+            "--prompt-column, --response-column, --history-column, --input-column, --messages-column or --text-column."
         )
 
 

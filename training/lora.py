@@ -1,15 +1,31 @@
 """
 Fine-tunes low-rank adapters (LoRA, arXiv 2106.09685) with PEFT, also on quantized weights (QLoRA, arXiv 2305.14314):
 
-    python -m training.lora --model PATH --train_file train.json --output output
+    python -m training.lora --model PATH --train-file train.json --output output
     python -m training.lora ... --quantization int4        # the published INT4
-    python -m training.lora ... --load_in_4bit              # bitsandbytes' NF4
+    python -m training.lora ... --load-in_4bit              # bitsandbytes' NF4
 
 See docs/training.md.
 """
 
-import warnings
 from dataclasses import dataclass
+
+from .arguments import DataArguments, ModelOptions, RecipeOptions, answer_help
+
+
+@dataclass
+class LoraOptions(ModelOptions):
+    """By default adapters on `query_key_value` (PEFT's choice for this architecture), and the checkpoint's own dtype."""
+
+    dtype: str | None = "auto"
+    use_peft: bool = True
+
+
+if __name__ == "__main__":
+    answer_help(__doc__, LoraOptions, DataArguments, RecipeOptions)  # before the imports below, which take seconds
+
+
+import warnings
 from pathlib import Path
 
 from huggingface_hub import ModelCard
@@ -19,19 +35,13 @@ from trl import get_peft_config
 
 from common.errors import plain_errors
 
-from .data import DataArguments
 from .options import ModelArguments, RecipeArguments, load, parse
 from .sft import fine_tune, read_splits
 from .trainer import output_folder
 
 
 @dataclass
-class LoraArguments(ModelArguments):
-    """By default adapters on `query_key_value` (PEFT's choice for this architecture), and the checkpoint's own dtype."""
-
-    dtype: str | None = "auto"
-    use_peft: bool = True
-
+class LoraArguments(LoraOptions, ModelArguments):
     def __post_init__(self):
         super().__post_init__()
         if not self.use_peft:

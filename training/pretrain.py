@@ -1,22 +1,14 @@
 """
 Pretrains with GLM's mixed objective, from new random weights or a model's:
 
-    python -m training.pretrain --model PATH --train_file texts.jsonl --output output
+    python -m training.pretrain --model PATH --train-file texts.jsonl --output output
 
-Each row holds a document (`--text_column`). See docs/training.md.
+Each row holds a document (`--text-column`). See docs/training.md.
 """
 
 from dataclasses import dataclass, field
 
-import torch
-from transformers import set_seed
-
-from common.errors import plain_errors
-
-from .data import DataArguments, encode_texts, read
-from .objective import MixedObjective
-from .options import ModelArguments, RecipeArguments, load, parse
-from .trainer import RecipeTrainer, SetEpoch, evaluate, output_folder, train
+from .arguments import DataArguments, ModelOptions, RecipeOptions, answer_help
 
 
 @dataclass
@@ -31,6 +23,23 @@ class ObjectiveArguments(DataArguments):
     mean_span: float = 3.0
     min_document: float = 0.5
     bidirectional: bool = False
+
+
+if __name__ == "__main__":
+    answer_help(
+        __doc__, ModelOptions, ObjectiveArguments, RecipeOptions
+    )  # before the imports below, which take seconds
+
+
+import torch
+from transformers import set_seed
+
+from common.errors import plain_errors
+
+from .data import encode_texts, read
+from .objective import MixedObjective
+from .options import ModelArguments, RecipeArguments, load, parse
+from .trainer import RecipeTrainer, SetEpoch, evaluate, output_folder, train
 
 
 class Documents(torch.utils.data.Dataset):

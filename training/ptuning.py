@@ -1,13 +1,31 @@
 """
 Trains a prefix of keys and values (P-Tuning v2, Liu et al. 2022, arXiv 2110.07602) and saves it alone:
 
-    python -m training.ptuning --model PATH --train_file train.json --pre_seq_len 128 --output output
-    python -m training.ptuning --model PATH --ptuning_checkpoint output --test_file test.json --do_predict
+    python -m training.ptuning --model PATH --train-file train.json --pre-seq-len 128 --output output
+    python -m training.ptuning --model PATH --ptuning-checkpoint output --test-file test.json --do-predict
 
 The prefix is in `pytorch_model.bin`, under the names that the published scripts use. See docs/training.md.
 """
 
 from dataclasses import dataclass, field
+
+from .arguments import DataArguments, ModelOptions, RecipeOptions, answer_help
+
+
+@dataclass
+class PrefixOptions(ModelOptions):
+    """The published options."""
+
+    dtype: str | None = "auto"
+    pre_seq_len: int = field(default=128, metadata={"help": "Positions of the prefix."})
+    prefix_projection: bool = field(default=False, metadata={"help": "Compute the prefix by an MLP."})
+    ptuning_checkpoint: str | None = field(default=None, metadata={"help": "A folder with a prefix to start from."})
+
+
+if __name__ == "__main__":
+    answer_help(__doc__, PrefixOptions, DataArguments, RecipeOptions)  # before the imports below, which take seconds
+
+
 from pathlib import Path
 
 import torch
@@ -18,20 +36,14 @@ from transformers.utils import WEIGHTS_NAME
 from common.errors import plain_errors
 from common.prefix import PREFIX, load_prefix
 
-from .data import DataArguments
 from .options import ModelArguments, RecipeArguments, load, parse
 from .sft import fine_tune, read_splits
 from .trainer import RecipeTrainer, output_folder
 
 
 @dataclass
-class PrefixArguments(ModelArguments):
-    """The published options."""
-
-    dtype: str | None = "auto"
-    pre_seq_len: int = field(default=128, metadata={"help": "Positions of the prefix."})
-    prefix_projection: bool = field(default=False, metadata={"help": "Compute the prefix by an MLP."})
-    ptuning_checkpoint: str | None = field(default=None, metadata={"help": "A folder with a prefix to start from."})
+class PrefixArguments(PrefixOptions, ModelArguments):
+    pass
 
 
 class PrefixTrainer(RecipeTrainer):
@@ -53,7 +65,7 @@ class PrefixTrainer(RecipeTrainer):
 def main(argv=None):
     model_args, data_args, args = parse(__doc__, PrefixArguments, DataArguments, RecipeArguments, args=argv)
     if args.do_predict and not (args.do_train or data_args.train_file or model_args.ptuning_checkpoint):
-        raise ValueError("Nothing is trained that could answer: give a --train_file or a --ptuning_checkpoint.")
+        raise ValueError("Nothing is trained that could answer: give a --train-file or a --ptuning-checkpoint.")
     splits = read_splits(model_args, data_args, args)
     with output_folder(args):
         set_seed(args.seed)

@@ -1,16 +1,23 @@
 """
 Fine-tunes all weights on answers:
 
-    python -m training.sft --model PATH --train_file train.json --output output
+    python -m training.sft --model PATH --train-file train.json --output output
 
-Rows hold `prompt`, `response` and, with `--history_column`, earlier rounds; or `messages`. See docs/training.md.
+Rows hold `prompt`, `response` and, with `--history-column`, earlier rounds; or `messages`. See docs/training.md.
 """
+
+from .arguments import DataArguments, ModelOptions, RecipeOptions, answer_help
+
+
+if __name__ == "__main__":
+    answer_help(__doc__, ModelOptions, DataArguments, RecipeOptions)  # before the imports below, which take seconds
+
 
 from transformers import set_seed
 
 from common.errors import plain_errors
 
-from .data import DataArguments, collator, encode, read, to_answer
+from .data import collator, encode, read, to_answer
 from .options import ModelArguments, RecipeArguments, load, parse
 from .predict import predict
 from .trainer import RecipeTrainer, evaluate, output_folder, train
@@ -25,7 +32,7 @@ def read_splits(model_args: ModelArguments, data_args: DataArguments, args: Reci
     """
     if args.do_predict and (args.fsdp or args.deepspeed or model_args.fsdp_size):
         raise ValueError(
-            "--do_predict does not work on a model that is divided: give it to a run of its own, on what is saved."
+            "--do-predict does not work on a model that is divided: give it to a run of its own, on what is saved."
         )
     wanted = {
         "train": args.do_train
