@@ -10,6 +10,25 @@ sees only the packages that setup.cfg declares. What fails is not pushed. A repo
 first; log in by `hf auth login`.
 """
 
+from pathlib import Path
+
+from common.options import Parser
+
+
+def options() -> Parser:
+    parser = Parser(__doc__)
+    parser.add_argument(
+        "--model", help="a checkpoint folder, or OWNER/NAME on the Hub; without, --output is there already"
+    )
+    parser.add_argument("--output", type=Path, required=True, help="the folder of the repository")
+    parser.add_argument("--push", metavar="REPOSITORY", help="NAME/MODEL on the Hub")
+    return parser
+
+
+if __name__ == "__main__":
+    options().parse_args()  # --help and wrong options are answered before the imports below, which take seconds
+
+
 import configparser
 import importlib.metadata
 import os
@@ -19,7 +38,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import yaml
 from huggingface_hub import HfApi, ModelCard, ModelCardData
@@ -30,7 +48,6 @@ from common.checkpoint import check_folder, weight_files
 from common.errors import plain_errors
 from common.files import new_folder, read_json
 from common.hub import local_folder
-from common.options import Parser
 from common.package import ROOT
 
 from .checkpoint import Checkpoint, write_package
@@ -224,13 +241,7 @@ def push(folder: Path, repository: str) -> str:
 
 
 def main(argv=None):
-    parser = Parser(__doc__)
-    parser.add_argument(
-        "--model", help="a checkpoint folder, or OWNER/NAME on the Hub; without, --output is there already"
-    )
-    parser.add_argument("--output", type=Path, required=True, help="the folder of the repository")
-    parser.add_argument("--push", metavar="REPOSITORY", help="NAME/MODEL on the Hub")
-    args = parser.parse_args(argv)
+    args = options().parse_args(argv)
     with plain_errors("conversion"):
         if args.model is not None:
             assemble(local_folder(args.model), args.output, args.push)

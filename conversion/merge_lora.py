@@ -10,13 +10,27 @@ dequantized: adapters fit the weights that they were trained over. Needs the pac
 
 from pathlib import Path
 
+from common.options import Parser, add_output_option
+
+
+def options() -> Parser:
+    parser = Parser(__doc__)
+    parser.add_argument("--adapter", type=Path, required=True, help="the folder of the adapters")
+    parser.add_argument("--model", help="the checkpoint that they belong to: a folder, or OWNER/NAME on the Hub")
+    add_output_option(parser)
+    return parser
+
+
+if __name__ == "__main__":
+    options().parse_args()  # --help and wrong options are answered before the imports below, which take seconds
+
+
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 
 from common.checkpoint import check_folder
 from common.errors import plain_errors
 from common.files import new_folder
-from common.options import Parser, add_output_option
 
 from .checkpoint import Checkpoint, as_published, meta_model, write_package, write_weights
 
@@ -58,11 +72,7 @@ def convert(adapter: Path, output: Path, model: str | Path | None = None):
 
 
 def main(argv=None):
-    parser = Parser(__doc__)
-    parser.add_argument("--adapter", type=Path, required=True, help="the folder of the adapters")
-    parser.add_argument("--model", help="the checkpoint that they belong to: a folder, or OWNER/NAME on the Hub")
-    add_output_option(parser)
-    args = parser.parse_args(argv)
+    args = options().parse_args(argv)
     with plain_errors("conversion"):
         convert(args.adapter, args.output, args.model)
 

@@ -8,6 +8,26 @@ Answers are streamed, and can be stopped; questions can be edited, and answers h
 dialogue and a cache of their own. The page needs nothing from outside.
 """
 
+from common.options import Parser, add_model_options, at_least
+
+
+def options() -> Parser:
+    parser = Parser(__doc__)
+    add_model_options(parser)
+    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: other machines too (default: this one only)")
+    parser.add_argument("--port", type=at_least(0, maximum=65535, number=int), default=7860, help="0: any free one")
+    parser.add_argument("--users", type=at_least(1, number=int), default=2, help="answers at the same time; default: 2")
+    parser.add_argument("--top-p", type=at_least(0, maximum=1), default=0.8, help="the slider's; default: %(default)s")
+    parser.add_argument(
+        "--temperature", type=at_least(0, maximum=1), default=0.95, help="the slider's; default: %(default)s"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    options().parse_args()  # --help and wrong options are answered before the imports below, which take seconds
+
+
 import html
 import os
 import sys
@@ -21,7 +41,6 @@ import gradio as gr
 
 from common.http_guard import listen
 from common.load_model import iterate_in_threads, load_model
-from common.options import Parser, add_model_options, at_least
 from examples.about import model_format, model_name, model_size
 
 
@@ -248,16 +267,7 @@ def launch_page(page: gr.Blocks, host: str, port: int, **options):
 
 
 def main():
-    parser = Parser(__doc__)
-    add_model_options(parser)
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: other machines too (default: this one only)")
-    parser.add_argument("--port", type=at_least(0, maximum=65535, number=int), default=7860, help="0: any free one")
-    parser.add_argument("--users", type=at_least(1, number=int), default=2, help="answers at the same time; default: 2")
-    parser.add_argument("--top-p", type=at_least(0, maximum=1), default=0.8, help="the slider's; default: %(default)s")
-    parser.add_argument(
-        "--temperature", type=at_least(0, maximum=1), default=0.95, help="the slider's; default: %(default)s"
-    )
-    args = parser.parse_args()
+    args = options().parse_args()
 
     with listen(args.host, args.port) as listener:  # whether it is free, before the model is loaded
         port = listener.getsockname()[1]
