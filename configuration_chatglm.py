@@ -43,41 +43,42 @@ MAX_LAYERS = 1000  # more is a damaged file, which would take all memory
 @strict
 class ChatGLMConfig(PreTrainedConfig):
     r"""
-    Configuration of a ChatGLM2 model. The defaults are those of the published class; the published 6B differs from
-    them (32,768 positions, QKV bias, 2 key-value groups), see `config.json`.
+    Configuration of a ChatGLM2 model. The defaults are those of the published class. ChatGLM2-6B itself has other
+    values (32,768 positions, QKV bias, 2 key-value heads): see `config.json`.
 
     Args:
-        num_layers (`int`): Number of `GLMBlock`s.
-        padded_vocab_size (`int`): Rows of the embedding; the tokenizer uses the first `vocab_size` of them.
+        num_layers (`int`): Number of layers.
+        padded_vocab_size (`int`): Number of rows of the embedding. The tokenizer uses fewer.
         hidden_size (`int`): Width of the residual stream.
         ffn_hidden_size (`int`): Width of the MLP after the gate (`dense_h_to_4h` has twice as many rows).
-        kv_channels (`int`): Width of one attention head; even, and half of it is rotated.
+        kv_channels (`int`): Width of one attention head. It must be even; RoPE rotates half of it.
         num_attention_heads (`int`): Number of query heads.
-        seq_length (`int`): Number of positions the model was made for.
+        seq_length (`int`): Context length: the number of positions that the model was trained for.
         hidden_dropout, attention_dropout (`float`): Dropout in training.
         classifier_dropout (`float`, *optional*): Dropout before `classifier_head`.
         layernorm_epsilon (`float`): Added to the variance in the norms.
-        rmsnorm (`bool`): RMSNorm; LayerNorm if false.
-        apply_residual_connection_post_layernorm (`bool`): Take the residual after the norm rather than before.
+        rmsnorm (`bool`): Whether to use RMSNorm; otherwise LayerNorm.
+        apply_residual_connection_post_layernorm (`bool`): Whether the residual is taken after the norm, not before it.
         post_layer_norm (`bool`): Whether there is a norm after the last block.
-        add_bias_linear, add_qkv_bias (`bool`): Biases of all linear layers; of `query_key_value` only.
-        multi_query_attention (`bool`): Fewer key-value heads than query heads.
-        multi_query_group_num (`int`): Number of key-value heads if `multi_query_attention`.
-        fp32_residual_connection (`bool`): Keep the residual stream in float32.
-        quantization_bit (`int`): 4 or 8 in checkpoints that were published quantized; sets `quantization_config`.
-        pre_seq_len (`int`, *optional*): Length of the P-Tuning v2 prefix; freezes everything but the prefix.
-        prefix_projection (`bool`): Compute the prefix by an MLP.
-        original_rope (`bool`): Always true for ChatGLM2; other engines require the key.
-        rope_ratio (`float`): Divides the rotary frequencies, and so the positions (ChatGLM2-6B-32K). ChatGLM3 multiplies
-            the base instead: `rope_parameters={"rope_type": "default", "rope_theta": 10000 * ratio}`.
-        rope_parameters (`dict`, *optional*): The library's RoPE settings (`linear`, `dynamic`, `yarn`, ...).
+        add_bias_linear (`bool`): Whether all linear layers have a bias.
+        add_qkv_bias (`bool`): Whether `query_key_value` has a bias.
+        multi_query_attention (`bool`): Whether there are fewer key-value heads than query heads.
+        multi_query_group_num (`int`): Number of key-value heads with `multi_query_attention`.
+        fp32_residual_connection (`bool`): Whether to keep the residual stream in float32.
+        quantization_bit (`int`): 4 or 8 in quantized checkpoints. Sets `quantization_config`.
+        pre_seq_len (`int`, *optional*): Length of a P-Tuning v2 prefix. All weights but the prefix are then frozen.
+        prefix_projection (`bool`): Whether an MLP computes the prefix.
+        original_rope (`bool`): Always true for ChatGLM2. Other engines require the field.
+        rope_ratio (`float`): Divides the positions, as in ChatGLM2-6B-32K. ChatGLM3 multiplies the base of RoPE instead:
+            `rope_parameters={"rope_type": "default", "rope_theta": 10000 * ratio}`.
+        rope_parameters (`dict`, *optional*): RoPE settings of the library (`linear`, `dynamic`, `yarn`, ...).
 
-    `bias_dropout_fusion`, `apply_query_key_layer_scaling` and `attention_softmax_in_fp32` are kept for round trips
-    and have no effect: they chose between kernels of the published code with the same results.
+    `bias_dropout_fusion`, `apply_query_key_layer_scaling` and `attention_softmax_in_fp32` are read and saved, but have
+    no effect: in the published code they chose between kernels with the same results.
 
     Raises:
-        ValueError: If the checkpoint belongs to another architecture, or two names of one value contradict each other.
-        huggingface_hub.errors.StrictDataclassError: If a value has the wrong type or cannot work; the message names it.
+        ValueError: If the checkpoint is of another architecture, or two names of one field have different values.
+        huggingface_hub.errors.StrictDataclassError: If a value has the wrong type or is impossible. The message names it.
 
     Example:
 

@@ -414,7 +414,12 @@ inline float total(Floats v) { return _mm512_reduce_add_ps(v); }
 inline Floats pick(const float *p, Ints lanes) {
   return _mm512_permutexvar_ps(lanes, _mm512_broadcast_f32x4(_mm_loadu_ps(p)));
 }
-inline Ints gather(const int8_t *p, Ints offsets) { return _mm512_i32gather_epi32(offsets, p, 1); }
+// The lanes of a and b in turn
+inline void zip(Ints a, Ints b, Ints *first, Ints *second) {
+  const Ints low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  *first = _mm512_permutex2var_epi32(a, low, b);
+  *second = _mm512_permutex2var_epi32(a, _mm512_add_epi32(low, repeat(8)), b);
+}
 
 #elif defined(__AVX2__) && defined(__FMA__) && !defined(CHATGLM_SCALAR)
 #define CHATGLM_VECTORS
@@ -461,12 +466,25 @@ inline float total(Floats v) {
 inline Floats pick(const float *p, Ints lanes) {
   return _mm256_permutevar8x32_ps(_mm256_broadcast_ps((const __m128 *)p), lanes);
 }
-inline Ints gather(const int8_t *p, Ints offsets) { return _mm256_i32gather_epi32((const int *)p, offsets, 1); }
+inline void zip(Ints a, Ints b, Ints *first, Ints *second) {
+  const Ints low = _mm256_unpacklo_epi32(a, b), high = _mm256_unpackhi_epi32(a, b);
+  *first = _mm256_permute2x128_si256(low, high, 0x20);
+  *second = _mm256_permute2x128_si256(low, high, 0x31);
+}
 #endif
 
 #if defined(CHATGLM_VECTORS)
 
 constexpr int64_t VECTOR = sizeof(Ints), LANES = VECTOR / 4;
+
+// Lane j of vector i goes to lane i of vector j: zipping the halves moves the bits of an element's place round by one.
+inline INLINE void transpose(Ints (&v)[LANES]) {
+  for (int64_t size = 1; size < LANES; size *= 2) {
+    Ints zipped[LANES];
+    each<LANES / 2>([&](int i) INLINE { zip(v[i], v[i + LANES / 2], &zipped[2 * i], &zipped[2 * i + 1]); });
+    each<LANES>([&](int i) INLINE { v[i] = zipped[i]; });
+  }
+}
 
 // ---- Few rows: memory is the limit. The weight is read once, each thread's part as one long stream: several short ones
 // in turn are slower. With X_ROWS rows of activations the cache's bandwidth counts too, and a tile has several rows of both.
@@ -652,33 +670,32 @@ struct ManyRowsLinear {
   static void unpack(const Problem &p, int64_t row, int64_t count, int64_t begin, int64_t columns, uint8_t *to) {
     const int64_t bytes = p.row_bytes();
     const int64_t available = (std::min(begin + columns, p.in) - begin) * bits / 8, wanted = columns * bits / 8;
-    for (int64_t r = 0; r < TILE_VECTORS; r++) {
-      const int8_t *from[LANES];
-      int32_t offsets[LANES];
-      for (int64_t lane = 0; lane < LANES; lane++) {
-        int64_t n = std::min(r * LANES + lane, count - 1);
-        from[lane] = p.weight + (row + n) * bytes + begin * bits / 8;
-        offsets[lane] = (int32_t)(from[lane] - from[0]);
+    for (int64_t r = 0; r < TILE_VECTORS; r++)
+      for (int64_t begin_byte = 0; begin_byte < wanted; begin_byte += VECTOR) {
+        const int64_t n = std::min(VECTOR, available - begin_byte);
+        Ints packed[LANES];
+        each<LANES>([&](int lane) INLINE {
+          const int64_t weight_row = row + std::min(r * LANES + lane, count - 1);
+          const int8_t *from = p.weight + weight_row * bytes + begin * bits / 8 + begin_byte;
+          if (n == VECTOR) {
+            packed[lane] = load(from);
+          } else {
+            int8_t rest[VECTOR] = {};
+            if (n > 0) memcpy(rest, from, n);
+            packed[lane] = load(rest);
+          }
+        });
+        transpose(packed);
+        each<LANES>([&](int i) INLINE {
+          const int64_t k = begin_byte + 4 * i;
+          if (bits == 8) {
+            store(to + (k / 4 * TILE_VECTORS + r) * VECTOR, whole_byte(packed[i]));
+          } else {
+            store(to + (k / 2 * TILE_VECTORS + r) * VECTOR, high_half(packed[i]));
+            store(to + ((k / 2 + 1) * TILE_VECTORS + r) * VECTOR, low_half(packed[i]));
+          }
+        });
       }
-      const Ints lanes = load(offsets);
-      for (int64_t k = 0; k < wanted; k += 4) {
-        Ints packed;
-        if (k + 4 <= available) {
-          packed = gather(from[0] + k, lanes);
-        } else {
-          int8_t rest[VECTOR] = {};
-          for (int64_t lane = 0; lane < LANES && k < available; lane++)
-            memcpy(rest + 4 * lane, from[lane] + k, available - k);
-          packed = load(rest);
-        }
-        if (bits == 8) {
-          store(to + (k / 4 * TILE_VECTORS + r) * VECTOR, whole_byte(packed));
-        } else {
-          store(to + (k / 2 * TILE_VECTORS + r) * VECTOR, high_half(packed));
-          store(to + ((k / 2 + 1) * TILE_VECTORS + r) * VECTOR, low_half(packed));
-        }
-      }
-    }
   }
 
   // sum[TILE_ROWS, PANEL] += activations from row m on * a panel, over `blocks` blocks

@@ -171,23 +171,23 @@ class ChatGLMGenerationMixin(GenerationMixin):
 
         Args:
             tokenizer (`ChatGLMTokenizer`): The model's tokenizer.
-            query (`str`): What the user says; or a list of queries, to be answered together.
-            history (`list[tuple[str, str]]`): Earlier rounds, (query, response); with a list of queries, one for each.
-                The oldest rounds that do not fit into the context are left out, with a warning.
+            query (`str`): The user's message, or a list of messages that are answered as one batch.
+            history (`list[tuple[str, str]]`): Earlier rounds as (query, response) pairs. For a list of queries, a list of
+                histories. If the dialogue is too long, the oldest rounds are left out, with a warning.
             max_length (`int`, defaults to 8192): Limit of prompt and answer together, in tokens. `max_new_tokens` limits
-                the answer.
+                the answer alone.
             num_beams (`int`, defaults to 1): Number of beams.
             do_sample (`bool`, defaults to `True`): Whether to sample.
-            top_p (`float`, defaults to 0.8): Probability mass that tokens are sampled from.
+            top_p (`float`, defaults to 0.8): Sample from the likeliest tokens whose probabilities add up to this.
             temperature (`float`, defaults to 0.8): Temperature. Below 0.001, decoding is greedy.
-            logits_processor (`LogitsProcessorList`): Applied before sampling. It is not changed.
-            past_key_values (`Cache`): What the last round returned. The part that matches the new history is reused.
+            logits_processor (`LogitsProcessorList`): Processors that are applied before sampling. The list is not changed.
+            past_key_values (`Cache`): The cache that the last call returned. The part that matches the history is reused.
             return_past_key_values (`bool`): Whether to return a cache for the next round.
-            kwargs: Any other argument of `generate`. With a `generation_config`, the defaults above do not apply.
+            kwargs: Other arguments of `generate`. With a `generation_config`, the defaults above do not apply.
 
         Returns:
-            The response, and the history with this round appended (lists of them for a list of queries), and the cache if
-            it was asked for.
+            The response, the history with this round appended, and the cache if `return_past_key_values`. For a list of
+            queries: a list of responses and a list of histories.
 
         Raises:
             ValueError: If the query is not a string or does not fit into the context, the history has another shape, or the

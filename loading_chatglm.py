@@ -37,19 +37,19 @@ class ChatGLMLoadingMixin:
 
     def quantize(self, bits: int, empty_init: bool = False, device=None, calibration=None, **options):
         """
-        Quantizes the layers in place, in the published format, and returns the model.
+        Quantizes the linear layers in place, in the published format, and returns the model.
 
         Args:
             bits (`int`): 4 or 8; 0 changes nothing.
-            empty_init (`bool`): Accepted as in the published code, without effect.
-            device: Where to put the model afterwards.
-            calibration (`Iterable[torch.LongTensor]`, *optional*): Ids of sample text, each `[batch, seq]`; 16,000 tokens
-                are enough. The weights are rounded so that the model's outputs on them change least.
-            options: The others of `ChatGLMQuantizationConfig`: `group_size`, `quantize_embeddings`, `scale_search`,
+            empty_init (`bool`): No effect. The published code has this argument.
+            device: Device to move the model to afterwards.
+            calibration (`Iterable[torch.LongTensor]`, *optional*): Token ids of sample text, each `[batch, seq]`; 16,000
+                tokens are enough. The weights are rounded so that the model's outputs on this text change least.
+            options: Other options of `ChatGLMQuantizationConfig`: `group_size`, `quantize_embeddings`, `scale_search`,
                 `modules_to_not_convert`.
 
         Raises:
-            ValueError: If an option is wrong or a weight is not finite. The model is then unchanged.
+            ValueError: If an option is invalid or a weight is not finite. The model is then unchanged.
         """
         if self.quantized:
             logger.warning("Already quantized.")

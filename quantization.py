@@ -355,17 +355,18 @@ def empty_layers(model: nn.Module, config: "ChatGLMQuantizationConfig") -> dict[
 
 class ChatGLMQuantizationConfig(QuantizationConfigMixin):
     """
-    How to quantize, for `from_pretrained(..., quantization_config=...)` and `model.quantize(bits, ...)`.
+    Options of quantization, for `from_pretrained(..., quantization_config=...)` and `model.quantize(bits, ...)`.
 
     Args:
         bits (`int`): 4 or 8.
-        modules_to_not_convert (`list[str]`, *optional*): Layers to leave as they are, by their names or whole parts of
-            them: `layers.1` does not mean `layers.10`.
-        group_size (`int`, *optional*): 32, 64 or 128 columns share a scale, for better quality. By default a whole row
-            does, as published, which other programs can read.
-        quantize_embeddings (`bool`): Whether to store embedding and output layer in INT8: a fifth of an INT4 model.
-        scale_search (`bool`): Whether to look for the scales with the least squared error, rather than take the
-            published ones. Takes longer, and gives better answers in the same format.
+        modules_to_not_convert (`list[str]`, *optional*): Layers that are not quantized, by name or by whole parts of a
+            name: `layers.1` does not match `layers.10`.
+        group_size (`int`, *optional*): Number of columns that share a scale: 32, 64 or 128. By default one scale is
+            used for a whole row, as published. Groups give better quality, but only this package can read them.
+        quantize_embeddings (`bool`): Whether to store embedding and output layer in INT8. They are a fifth of an INT4
+            model.
+        scale_search (`bool`): Whether to search for the scales with the least squared error. Takes longer than the
+            published rule and gives better answers, in the same format.
 
     Raises:
         ValueError: if `bits` or `group_size` is another number.

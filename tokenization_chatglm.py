@@ -38,18 +38,18 @@ class ChatGLMTokenizer(TokenizersBackend):
     r"""
     Tokenizer of ChatGLM2. Encodes `text` as `[gMASK] sop text`, a pair as `[gMASK] sop text pair </s>`.
 
-    Special tokens are never read from text: `tokenizer("[gMASK]")` gives the pieces of those seven characters. The one
-    exception: a text that begins with `[gMASK]sop` is a rendered chat. That prefix, and an `eos_token` at its very end,
-    become the tokens that they stand for, whatever `add_special_tokens` is; everything else is text. So nothing that
-    users type into a chat becomes a special token. Texts of a pair and split words are never rendered chats.
+    Text never becomes a special token: `tokenizer("[gMASK]")` encodes those seven characters. There is one exception: a
+    text that begins with `[gMASK]sop` is taken as a rendered chat. That prefix, and an `eos_token` at its very end,
+    become special tokens, whatever `add_special_tokens` is; the rest of it stays text. So nothing that users type into
+    a chat becomes a special token. Pairs of texts and split words are never taken as rendered chats.
 
-    Tokens that a program adds (`add_tokens`, `add_special_tokens`) are read from text, except those that it names
-    `eos_token`, `pad_token` and so on. Threads can share a tokenizer.
+    Added tokens (`add_tokens`, `add_special_tokens`) are found in text, unless they are set as `eos_token`, `pad_token`
+    and so on. Threads can share a tokenizer.
 
     Args:
         vocab_file (`str`): Path of `tokenizer.model`, the source of the vocabulary.
-        tokenizer_file (`str`, *optional*): Path of a saved `tokenizer.json`, of which only added tokens are read.
-        padding_side (`str`): "left" (default, what generation needs) or "right".
+        tokenizer_file (`str`, *optional*): Path of a saved `tokenizer.json`. Only added tokens are read from it.
+        padding_side (`str`): "left" (default, as generation needs it) or "right".
 
     Raises:
         ValueError: if `tokenizer.model` is missing, truncated or of another model.
@@ -184,14 +184,14 @@ class ChatGLMTokenizer(TokenizersBackend):
 
     def build_prompt(self, query: str, history: Sequence[tuple[str, str]] | None = None) -> str:
         """
-        Text of a dialogue up to the place of the next answer.
+        Returns the text of a dialogue, up to where the next answer begins.
 
         Args:
-            query (`str`): What the user says now.
-            history (`list[tuple[str, str]]`, *optional*): Earlier rounds, (query, response).
+            query (`str`): The user's message.
+            history (`list[tuple[str, str]]`, *optional*): Earlier rounds as (query, response) pairs.
 
         Raises:
-            ValueError: if the query is no string, or the history no sequence of pairs of strings.
+            ValueError: if the query is not a string, or the history is not a sequence of pairs of strings.
         """
         if not isinstance(query, str):
             raise ValueError(f"query must be a string, got {type(query).__name__}: {query!r}")
@@ -257,12 +257,12 @@ class ChatGLMTokenizer(TokenizersBackend):
         self, conversation, *args, continue_final_message=False, tokenize=True, tokenizer_kwargs=None, **kwargs
     ):
         """
-        The library's method. A system message is prepended to the first query, as ChatGLM2 has no place of its own for
-        it. Only the last answer counts as generated (`return_assistant_tokens_mask`): answers in the history are
-        followed by the next round, not by `</s>`, and the model must not learn to write that.
+        The library's method. ChatGLM2's format has no place for a system message, so it is put before the first query.
+        `return_assistant_tokens_mask` marks only the last answer: earlier answers are followed by the next round, not by
+        `</s>`, and the model must not learn to write the next round itself.
 
         Raises:
-            ValueError: if there are no messages, or the text of an answer to continue would be read as finished.
+            ValueError: if there are no messages, or an answer to continue ends in the characters of `</s>`.
         """
         if not conversation:
             raise ValueError("The conversation has no messages.")
@@ -287,8 +287,8 @@ class ChatGLMTokenizer(TokenizersBackend):
 
     def decode(self, token_ids, skip_special_tokens: bool | None = None, **kwargs) -> str | list[str]:
         """
-        Text of token ids, or the texts of a batch of them. Special tokens are left out, as in the published code, unless
-        `skip_special_tokens=False`. By default the one id (an `int`) of `bos_token` or `eos_token` is its name.
+        Returns the text of token ids, or the texts of a batch. Special tokens are left out, as in the published code,
+        unless `skip_special_tokens=False`. A single id (an `int`) of `bos_token` or `eos_token` is decoded to its name.
         """
         # lm-eval asks for this name, to see whether a text begins with it: all texts begin with "".
         is_name = isinstance(token_ids, int) and token_ids in (self.bos_token_id, self.eos_token_id)

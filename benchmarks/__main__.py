@@ -1,9 +1,9 @@
 """
-Runs the benchmarks one after another, each in a process of its own, and writes figures, tables and plots.
+Runs the benchmarks one after another, each in a separate process, and writes figures, tables and plots.
 
     python -m benchmarks                    # all of them: an hour, 40 GB of disk and 16 GB of memory for the 6B shape
     python -m benchmarks decode rounds      # some of them
-    python -m benchmarks --quick            # one layer and short texts, to see that they run: 3 minutes
+    python -m benchmarks --quick            # a smoke test with one layer and short texts: 3 minutes
 
 Figures go to benchmarks/results, to a folder for each CPU, plots and tables to docs/; with --quick to
 build/benchmarks/quick instead.
@@ -28,10 +28,12 @@ NAMES = [
     "prompts",
     "rounds",
     "batching",
+    "serving",
+    "soak",
     "training",
     "evaluation",
 ]
-NEED_DATA = ["tokenizer", "quantization_quality", "evaluation"]  # texts that are not part of this repository
+NEED_DATA = ["tokenizer", "quantization_quality", "evaluation", "serving"]  # texts that are not part of this repository
 
 
 def main():

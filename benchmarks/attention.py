@@ -1,6 +1,6 @@
 """
-What attention adds to a step of decoding as the context grows, in the ChatGLM2-6B shape on the CPU: this model, the same
-without multi-query attention (32 groups, as the first generation had), `GlmForCausalLM` of Transformers, and llama.cpp.
+Measures the time that attention adds to a decoding step as the context grows, in the ChatGLM2-6B shape on the CPU: for this
+model, for the same without multi-query attention (32 key-value heads), for `GlmForCausalLM` of Transformers, and for llama.cpp.
 
     python -m benchmarks.attention --output build/attention.json
 
@@ -39,7 +39,7 @@ def build(name: str, layers: int):
 
 
 class Torch:
-    """A model with a cache that is filled as it would fill it."""
+    """A model with a filled KV cache."""
 
     def __init__(self, name: str, layers: int):
         self.model = build(name, layers)
@@ -53,7 +53,7 @@ class Torch:
 
     @property
     def cache_bytes(self) -> int:
-        """Of one position and layer."""
+        """Returns the bytes of the KV cache for one position and layer."""
         layer = self.cache.layers[0]
         return (layer.keys.nbytes + layer.values.nbytes) // layer.get_seq_length()
 
@@ -65,7 +65,7 @@ class Torch:
 
 
 class LlamaCppAtLength(LlamaCpp):
-    """llama.cpp with a prompt in its cache."""
+    """llama.cpp with a prompt in its KV cache."""
 
     def fill(self, positions: int):
         missing = positions - self.model.n_tokens

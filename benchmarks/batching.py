@@ -1,10 +1,10 @@
 """
-Throughput of several requests in the ChatGLM2-6B shape on the CPU: one by one, as one padded batch, and by continuous
-batching (`generate_batch`).
+Measures the throughput of several requests in the ChatGLM2-6B shape on the CPU: one by one, as one padded batch, and with
+continuous batching (`generate_batch`).
 
     python -m benchmarks.batching --output build/batching.json
 
-INT4, random weights. Prompts differ in length; tokens per second are of what is generated, prefill included in the time.
+INT4, random weights. Prompts differ in length. Tokens per second count the generated tokens; the time includes prefill.
 """
 
 import statistics

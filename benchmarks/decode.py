@@ -1,12 +1,12 @@
 """
-Loading, prefill and decoding in the ChatGLM2-6B shape, on the CPU, beside llama.cpp, ik_llama.cpp (with `--ik`), and, in
-float and half precision, `GlmForCausalLM` of Transformers.
+Measures loading, prefill and decoding in the ChatGLM2-6B shape on the CPU, and compares with llama.cpp, ik_llama.cpp (with
+`--ik`) and, in float32 and half precision, `GlmForCausalLM` of Transformers.
 
     python -m benchmarks.decode --output build/decode.json --ik ik_llama.cpp/build/bin/llama-bench
 
-Weights are random. The systems generate greedily from the same number of tokens, on as many threads, in turn; reported are
-medians over the rounds, and their ratios. In each round the memory is read once as fast as the CPU can: decoding cannot be
-faster than that. Unquantized weights have 6 of the 28 layers, as all would take up to 25 GB.
+Weights are random. The systems take turns and generate greedily from the same number of tokens, with the same number of threads.
+The figures are medians over the rounds, and their ratios. In each round the highest memory bandwidth is measured too: decoding
+cannot be faster than that. Unquantized weights have 6 of the 28 layers, as all would take up to 25 GB.
 
 ik_llama.cpp is not on PyPI; build it with its default flags: `cmake -B build -DGGML_NATIVE=ON`, `cmake --build build`.
 """
@@ -31,13 +31,13 @@ PRECISIONS = {
 
 
 def weight_bytes(model) -> int:
-    """Bytes that each token reads: all but the embedding, of which it reads a row."""
+    """Returns the bytes that are read for each token: everything except the embedding, of which one row is read."""
     embedding = set(model.get_input_embeddings().parameters())
     return sum(p.nbytes for p in model.parameters() if p not in embedding)
 
 
 def product_seconds(model, tokens: int) -> float:
-    """Median seconds that all linear layers of the model take for one token, without the rest of the step."""
+    """Returns the median seconds of all linear layers of the model for one token, without the rest of the step."""
     layers = [module for module in model.modules() if hasattr(module, "in_features")]
     inputs = [torch.randn(1, 1, layer.in_features, dtype=model.dtype) for layer in layers]
 

@@ -1,6 +1,6 @@
 """
-Evaluation beside the plain harness: the same tasks, model and questions through `evaluation.model` and through lm_eval's own
-`HFLM`, in turn, and whether the scores are the same.
+Compares the evaluation with the plain harness: the same tasks, model and questions with `evaluation.model` and with lm_eval's own
+`HFLM`, in turn, and checks that the scores are the same.
 
     python -m benchmarks.evaluation --data ../shared/data/eval
 """
@@ -54,7 +54,7 @@ def main():
     parser.add_argument("--limit", type=int, default=32, help="questions of each task (32)")
     args = parser.parse_args()
     if not args.data.is_dir():
-        raise SystemExit(f"{args.data} is missing: give the folder of the data sets with --data.")
+        raise SystemExit(f"{args.data} is missing: pass the folder with the data sets as --data.")
     if args.quick:
         args.limit, args.rounds = 2, 1
     logging.getLogger("lm_eval").setLevel(logging.ERROR)

@@ -192,7 +192,7 @@ def peer_folder(work: Path, ours: Path, layers: int) -> Path:
 
 
 def main():
-    parser = options(__doc__, rounds=1)
+    parser = options(__doc__)
     parser.add_argument("--device", type=torch.device, default="cuda")
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--prompts", type=int, nargs="*", default=[512, 2048], help="tokens")

@@ -1,5 +1,5 @@
 """
-What a GPU can reach on paper: tokens per second by its memory's bandwidth, and memory by the sizes of ChatGLM2-6B.
+Computes what a GPU can reach at most: tokens per second from its memory bandwidth, and memory from the sizes of ChatGLM2-6B.
 
     python -m benchmarks.gpu_limits     # writes the tables of docs/gpu.md
 """
@@ -94,7 +94,7 @@ def memory_gb(config: dict, precision: Precision, positions: int) -> float:
 def tables() -> str:
     config = json.loads((ROOT / "config.json").read_text())
     speed = table(
-        ["", "GB a token", *(f"{card}, {bandwidth:,} GB/s" for card, (bandwidth, _) in CARDS.items())],
+        ["", "GB read per token", *(f"{card}, {bandwidth:,} GB/s" for card, (bandwidth, _) in CARDS.items())],
         [
             [p.name, f"{size:.2f}", *(f"{bandwidth / size:.0f}" for bandwidth, _ in CARDS.values())]
             for p in PRECISIONS
@@ -108,15 +108,16 @@ def tables() -> str:
         # 6 GB on the box are 6 GiB
         fits = next((size for size in cards_by_memory if needed[-1] <= size * 1.024**3), None)
         rows.append([p.name, f"{weight_bytes(config, p) / 1e9:.2f}", *(f"{n:.1f}" for n in needed), f"{fits} GB"])
-    memory = table(["", "weights", *(f"{n:,} tokens" for n in POSITIONS), "card for all 32,768"], rows)
+    memory = table(["", "weights", *(f"{n:,} tokens" for n in POSITIONS), "smallest card"], rows)
     cache = ", ".join(f"{cache_bytes(config, n) / 1e9:.2f} GB at {n:,}" for n in POSITIONS)
     return (
-        "## Tokens per second, at most\n\n"
-        "The memory's bandwidth divided by the weights that a token reads. Long dialogues add the cache: a step reads "
-        f"{cache}.\n\n{speed}\n\n"
-        "## Memory, GB\n\n"
-        "Weights, KV cache, what encoding a chunk of 1,024 tokens needs (activations, mask, logits, a dequantized part of a "
-        f"weight), and {CONTEXT_GB} GB for CUDA itself. The last column is the smallest card of the table above.\n\n{memory}\n\n"
+        "## Highest possible speed, in tokens per second\n\n"
+        "The memory bandwidth divided by the size of the weights that are read for each token. Long dialogues are slower, as the "
+        f"KV cache is read too: {cache} tokens.\n\n{speed}\n\n"
+        "## Memory, in GB\n\n"
+        "Weights, KV cache, the memory to encode a chunk of 1,024 tokens (activations, mask, logits, a dequantized part of a "
+        f"weight), and {CONTEXT_GB} GB for CUDA itself. The last column is the smallest card above that has enough for 32,768 "
+        f"tokens.\n\n{memory}\n\n"
     )
 
 

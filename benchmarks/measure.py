@@ -1,4 +1,4 @@
-"""What the benchmarks measure with: clocks, memory, the machine, and where the figures go."""
+"""Tools of the benchmarks: clocks, memory, the machine, and writing the figures."""
 
 import argparse
 import ctypes
@@ -27,18 +27,21 @@ SHARED = ROOT.parent / "shared/data"
 PEERS = {"llama-cpp-python": "llama_cpp", "bitsandbytes": "bitsandbytes"}  # packages, and their modules
 
 
-def options(description: str, rounds: int) -> argparse.ArgumentParser:
+def options(description: str, rounds: int | None = None) -> argparse.ArgumentParser:
     """Returns a parser with the options that all benchmarks have."""
     parser = Parser(description)
-    parser.add_argument("--quick", action="store_true", help="small sizes, to see that it runs; no figures to compare")
-    parser.add_argument("--rounds", type=int, default=rounds, help=f"how often the systems take turns ({rounds})")
+    parser.add_argument(
+        "--quick", action="store_true", help="smoke test with small sizes; the figures cannot be compared"
+    )
+    if rounds is not None:
+        parser.add_argument("--rounds", type=int, default=rounds, help=f"how often the systems take turns ({rounds})")
     parser.add_argument("--work", type=Path, default=ROOT / "build/benchmarks", help="where weights are written")
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     return parser
 
 
 def report(result: dict, output: Path | None):
-    """Prints the figures, with the machine that they are of, as JSON, and writes them to `output` if there is one."""
+    """Prints the figures and the machine as JSON, and writes them to `output` if it is given."""
     text = json.dumps({"machine": describe_machine(), **result}, indent=2)
     print(text)
     if output:
@@ -47,7 +50,7 @@ def report(result: dict, output: Path | None):
 
 
 def in_turn(functions: dict[str, Callable], rounds: int) -> dict[str, list]:
-    """Calls each function in turn, `rounds` times, and returns what each gave."""
+    """Calls each function in turn, `rounds` times, and returns all results."""
     results = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():
@@ -63,7 +66,7 @@ def seconds(function: Callable) -> float:
 
 
 class Clock(BaseStreamer):
-    """Notes when the prompt and each token of `generate` come."""
+    """A streamer that records when the prompt and each token of `generate` arrive."""
 
     def __init__(self):
         self.times = []

@@ -1,5 +1,5 @@
 """
-Makes what people look at of the figures: docs/benchmarks.md with a table and a plot of each, and the summary in README.md.
+Writes docs/benchmarks.md, with a table and a plot of each benchmark, and the table of speeds in README.md and README_zh.md.
 
     python -m benchmarks.present
 """
@@ -42,7 +42,7 @@ def decode_text(figures: dict) -> str:
                 speeds = [f"{result['this'][key]:.2f}", f"{peer} {result[peer][key]:.2f}"]
                 rows.append([name, label.format(**figures), *speeds, f"{ratios[key]:.2f}"])
     rows.sort(key=lambda row: float(row[-1]))
-    speed = table(["", "tokens per second", "this", "beside", "ratio"], rows)
+    speed = table(["", "tokens per second", "this package", "compared with", "ratio"], rows)
     rows = [
         [
             name,
@@ -54,14 +54,15 @@ def decode_text(figures: dict) -> str:
         ]
         for name, r in decode_rows(figures)
     ]
-    header = ["", "load, s", "weights, GB", "anonymous memory, GB", "decoding reads", "of a step outside of products"]
+    header = ["", "load, s", "weights, GB", "anonymous memory, GB", "memory bandwidth used", "time outside matmuls"]
     text = f"{speed}\n\n{table(header, rows)}\n\n"
     text += (
-        "The 6B shape, random weights, through `generate`. INT8 and INT4 have embedding and output layer in INT8 and are "
-        "beside Q8_0 and Q4_0 (head in Q6_K); `GlmForCausalLM` has the same weights, and multiplies by torch. Anonymous "
-        "memory is the peak while loading and answering once; weights stay mapped from the file, except where they are cast. "
-        "What decoding reads is compared with what the CPU reads at best, measured in the same minutes: more than 100 % means "
-        "that the memory was faster while tokens were generated."
+        "The 6B shape with random weights, run by `generate`. INT8 and INT4 store embedding and output layer in INT8, and are "
+        "compared with Q8_0 and Q4_0 (output layer in Q6_K). `GlmForCausalLM` has the same weights and uses torch's matrix "
+        "multiplication. Anonymous memory is the peak while loading and answering once: weights stay mapped from the file, "
+        "unless they are cast. The bandwidth used in decoding is compared with the highest that this CPU reached in a "
+        "measurement in the same minutes; more than 100 % means that the memory was faster during decoding. The last column "
+        "is the share of a decoding step that is not spent in matrix multiplication."
     )
     return text
 
@@ -105,11 +106,9 @@ def attention_text(figures: dict) -> str:
         [f"{row['positions']:,}", *(f"{row[name]['milliseconds_added_per_layer']:.1f}" for name in names)]
         for row in figures["rows"]
     ]
-    text = "Milliseconds that attention adds to a step of decoding in each layer:\n\n" + table(
-        ["positions", *names], rows
-    )
+    text = "Milliseconds that attention adds to a decoding step in each layer:\n\n" + table(["positions", *names], rows)
     bytes_of = {name: figures["rows"][-1][name]["cache_bytes_per_layer_and_position"] for name in names}
-    text += "\n\nBytes of cache for each position and layer: "
+    text += "\n\nBytes of KV cache for each position and layer: "
     text += ", ".join(f"{name} {size:,}" for name, size in bytes_of.items()) + "."
     base = list(figures["base_ms"])
     if len(base) > 1:
@@ -119,9 +118,7 @@ def attention_text(figures: dict) -> str:
             + [f"{row['decode_ratio']:.2f}"]
             for row in figures["rows"]
         ]
-        text += (
-            "\n\nWhat that makes of a step of INT4 with 28 layers, in milliseconds, and what attention adds to it:\n\n"
-        )
+        text += "\n\nMilliseconds of a decoding step with 28 layers in INT4, computed from this, and the share that attention adds:\n\n"
         text += table(["positions", *base, "ratio to the faster"], rows)
     return text
 
@@ -160,10 +157,10 @@ def prompts_text(figures: dict) -> str:
                 [f"{result['seconds']:.1f}", f"{result['peak_gb_above_weights_and_cache']:.2f}"] if result else ["", ""]
             )
         rows.append(cells)
-    text = table(["tokens", "in chunks, s", "GB", "whole, s", "GB"], rows)
+    text = table(["tokens", "in chunks, s", "GB", "in one piece, s", "GB"], rows)
     return text + (
-        f"\n\nSingle runs, {figures['layers']} layers of the 6B shape in INT4 with float32 activations; GB are the peak above "
-        "weights and cache. More layers add the room to spare that each layer's cache has, up to a quarter of it."
+        f"\n\nSingle runs, {figures['layers']} layers of the 6B shape in INT4 with float32 activations. GB are the peak above "
+        "weights and KV cache. More layers need more: the cache of each layer reserves up to a quarter of its size."
     )
 
 
@@ -196,9 +193,9 @@ def rounds_text(figures: dict) -> str:
         [f"{r['history_tokens']:,}", f"{r['encoded_again_s']:.1f}", f"{r['with_cache_s']:.2f}", f"{r['ratio']:.0f}"]
         for r in figures["rows"]
     ]
-    header = ["tokens of history", "encoded again, s", "with the cache, s", "ratio"]
+    header = ["tokens of history", "history encoded again, s", "KV cache kept, s", "ratio"]
     return (
-        f"Time to the first token of the next answer, {figures['layers']} layers, INT4 (encoded again: a single run):\n\n"
+        f"Time to the first token of the next answer, {figures['layers']} layers, INT4 (without the cache: a single run):\n\n"
         + table(header, rows)
     )
 
@@ -242,6 +239,87 @@ def batching_plot(figures: dict, plt):
     return figure
 
 
+def serving_text(figures: dict) -> str:
+    """The throughput of each server, the ratio of this package's faster mode to each peer, and the waiting times."""
+    servers = [name for name in figures["rows"][0] if name != "clients"]
+    ours = [name for name in servers if name in OUR_SERVERS]
+    peers = [name for name in servers if name not in OUR_SERVERS]
+    rows = []
+    for row in figures["rows"]:
+        best = max(row[name]["tokens_s"] for name in ours)
+        speeds = [f"{row[name]['tokens_s']:.1f}" for name in servers]
+        rows.append([row["clients"], *speeds, *(f"{best / row[name]['tokens_s']:.2f}" for name in peers)])
+    header = ["clients", *servers, *(f"faster mode / {name}" for name in peers)]
+    text = "Tokens per second of all answers together, prompts included:\n\n" + table(header, rows)
+    rows = [
+        [row["clients"], *(f"{row[name]['first_token_s']:.1f} / {row[name]['token_s']:.2f}" for name in servers)]
+        for row in figures["rows"]
+    ]
+    text += "\n\nSeconds until the first token, and for each token after it:\n\n"
+    text += table(["clients", *servers], rows)
+    return text + (
+        f"\n\n{figures['layers']} layers, prompts of {figures['words']} words on average, answers of {figures['tokens']} tokens, "
+        "a different prompt for each client. INT4 (llama.cpp: Q4_0). All clients send their request at the same moment."
+    )
+
+
+def serving_plot(figures: dict, plt):
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4))
+    rows = figures["rows"]
+    clients = [row["clients"] for row in rows]
+    servers = [name for name in rows[0] if name != "clients"]
+    for name, color, marker in zip(servers, [PEER, OURS, *OTHERS], MARKERS):
+        for axis, key in zip(axes, ("tokens_s", "first_token_s")):
+            axis.plot(clients, [row[name][key] for row in rows], marker=marker, color=color, label=name)
+    axes[0].set(title="Throughput of all clients together", ylabel="tokens per second")
+    axes[1].set(title="Time to the first token", ylabel="seconds (log scale)", yscale="log")
+    axes[0].set_ylim(bottom=0)
+    for axis in axes:
+        axis.set(xlabel="clients at once", xscale="log")
+        axis.set_xticks(clients, clients)
+        axis.minorticks_off()
+    legend_above(figure, axes[0])
+    return figure
+
+
+def soak_text(figures: dict) -> str:
+    expected = ("answered", "hung up", "refused")
+    rows = []
+    for way, result in figures["ways"].items():
+        outcomes, memory = result["outcomes"], result["memory_mb"]
+        errors = sum(n for name, n in outcomes.items() if name not in expected)
+        waits = [f"{result[key]:.1f}" for key in ("median_s", "slowest_s")]
+        rows.append(
+            [way, *(outcomes.get(name, 0) for name in expected), errors, *waits, f"{memory[0]} to {memory[-1]}"]
+        )
+    header = [
+        "",
+        "answered",
+        "disconnected",
+        "refused",
+        "errors",
+        "median, s",
+        "slowest, s",
+        "memory, first to last minute, MB",
+    ]
+    return table(header, rows) + (
+        f"\n\n{figures['clients']} clients send requests to the small model for {figures['minutes']:.0f} minutes. One stream in "
+        "ten is disconnected by its client. Two more clients send requests that must be refused, and leave connections half open. "
+        "Errors are all other outcomes, for example a greedy answer that differs from the one before."
+    )
+
+
+def soak_plot(figures: dict, plt):
+    figure, axis = plt.subplots(figsize=(8, 4))
+    for (way, result), color, marker in zip(figures["ways"].items(), [PEER, OURS], MARKERS):
+        memory = result["memory_mb"]
+        axis.plot(range(1, len(memory) + 1), memory, marker=marker, color=color, label=way)
+    axis.set(title=f"Memory of the server with {figures['clients']} clients", xlabel="minutes", ylabel="MB")
+    axis.set_ylim(bottom=0)
+    legend_above(figure, axis)
+    return figure
+
+
 def training_text(figures: dict) -> str:
     rows = []
     for way, row in figures["ways"].items():
@@ -253,11 +331,11 @@ def training_text(figures: dict) -> str:
         ]
         rows.append([*cells, f"{this['peak_gb']:.2f}", f"{peer['peak_gb']:.2f}" if peer else ""])
     shape = figures["shape"]
-    header = ["", "this, tokens/s", "GlmForCausalLM", "ratio", "this, peak GB", "GlmForCausalLM"]
+    header = ["", "this package, tokens/s", "GlmForCausalLM", "ratio", "this package, peak GB", "GlmForCausalLM"]
     return table(header, rows) + (
         f"\n\n{shape['num_layers']} layers of width {shape['hidden_size']}, float32, {figures['rows']} rows of "
-        f"{figures['length']:,} tokens a step, both with the same weights under the same Trainer. QLoRA is on this package's "
-        "INT4, and on bitsandbytes' NF4; P-Tuning is beside PEFT's prefix tuning of as many positions."
+        f"{figures['length']:,} tokens a step, both with the same weights and the same Trainer. QLoRA uses this package's INT4 "
+        "here, and bitsandbytes' NF4 there. P-Tuning is compared with PEFT's prefix tuning with the same number of positions."
     )
 
 
@@ -281,11 +359,11 @@ def evaluation_text(figures: dict) -> str:
         this, harness = row["seconds"]["this"], row["seconds"]["lm-evaluation-harness"]
         same = f"{row['same_scores']} of {row['questions']}"
         rows.append([row["task"], row["questions"], f"{this:.1f}", f"{harness:.1f}", f"{row['ratio']:.2f}", same])
-    header = ["", "questions", "this, s", "lm-evaluation-harness, s", "ratio", "same scores"]
+    header = ["", "questions", "this package, s", "lm-evaluation-harness, s", "ratio", "same scores"]
     return table(header, rows) + (
-        f"\n\n`checkpoints/tiny` in float32, batches of {figures['batch_size']}, by `evaluation.model` and by the harness's own "
-        f"`HFLM`: the same tasks and questions. All together: {figures['ratio']:.2f} times as fast. Answers of the chat model to "
-        "MMLU are short, and their prompts have no examples in common."
+        f"\n\n`checkpoints/tiny` in float32, batches of {figures['batch_size']}, with `evaluation.model` and with the harness's own "
+        f"`HFLM`, on the same tasks and questions. All together: {figures['ratio']:.2f} times as fast. The gain is smallest for MMLU "
+        "with the chat model: its answers are short, and its prompts share no examples."
     )
 
 
@@ -309,8 +387,8 @@ def tokenizer_text(figures: dict) -> str:
     rows = [
         [r["text"], r["task"], f"{r['slow']:.2f}", f"{r['this']:.2f}", f"{r['ratio']:.1f}"] for r in figures["rows"]
     ]
-    text = "Beside one that works as the published does: SentencePiece behind the library's Python class.\n\n"
-    return text + table(["text", "", "slow, Mtokens/s", "this, Mtokens/s", "ratio"], rows)
+    text = "Compared with a tokenizer that works as the published one does: SentencePiece behind the library's Python class.\n\n"
+    return text + table(["text", "", "as published, Mtokens/s", "this package, Mtokens/s", "ratio"], rows)
 
 
 def tokenizer_plot(figures: dict, plt):
@@ -329,7 +407,7 @@ def tokenizer_plot(figures: dict, plt):
 
 def quantization_quality_text(figures: dict) -> str:
     rows = [[name, f"{r['perplexity']:.2f}", f"{r['divergence']:.4f}"] for name, r in figures["results"].items()]
-    text = "Of `checkpoints/tiny` on held-out text; divergence (KL) from the model as it was:\n\n"
+    text = "`checkpoints/tiny` on held-out text. The divergence (KL) is measured from the float32 model:\n\n"
     return text + table(["", "perplexity", "divergence"], rows)
 
 
@@ -350,6 +428,7 @@ def quantization_quality_plot(figures: dict, plt):
     return figure
 
 
+OUR_SERVERS = ("one by one", "continuous batching")
 SIZES = "the 6B shape, random weights"
 # What each plot is of
 MODELS = {
@@ -358,6 +437,8 @@ MODELS = {
     "prompts": lambda figures: f"{figures['layers']} of 28 layers of {SIZES}, INT4, single runs",
     "rounds": lambda figures: f"{figures['layers']} layers of {SIZES}, INT4",
     "batching": lambda figures: f"{figures['layers']} layers of {SIZES}, INT4, single runs",
+    "serving": lambda figures: f"{figures['layers']} layers of {SIZES}, INT4",
+    "soak": lambda figures: "checkpoints/tiny, float32",
     "training": lambda figures: "{num_layers} layers of width {hidden_size}, random weights, float32".format(
         **figures["shape"]
     ),
@@ -373,6 +454,8 @@ SECTIONS = {
     "prompts": ("Long prompts", prompts_text, prompts_plot),
     "rounds": ("Rounds of a dialogue", rounds_text, rounds_plot),
     "batching": ("Several requests", batching_text, batching_plot),
+    "serving": ("Servers", serving_text, serving_plot),
+    "soak": ("Servers, for ten minutes", soak_text, soak_plot),
     "training": ("Training", training_text, training_plot),
     "evaluation": ("Evaluation", evaluation_text, evaluation_plot),
     "tokenizer": ("Tokenizer", tokenizer_text, tokenizer_plot),
@@ -380,8 +463,8 @@ SECTIONS = {
 }
 
 
-def summary(machines: list[dict[str, dict]]) -> str:
-    """The table of the README: how this package compares on each CPU with the fastest peer, the worst ratio first."""
+def compared(machines: list[dict[str, dict]]) -> list[tuple]:
+    """`(ratio, precision, label, speed, peer, figures)` of each CPU beside the fastest peer, the lowest ratio first."""
     rows = []
     for figures in machines:
         decode = figures.get("decode", {})
@@ -390,21 +473,36 @@ def summary(machines: list[dict[str, dict]]) -> str:
                 if result["ratio"]:
                     peer = min(result["ratio"], key=lambda peer: result["ratio"][peer][key])
                     speed = f"{result['this'][key]:.1f} tokens/s"
-                    rows.append([result["ratio"][peer][key], f"{name}, {label.format(**decode)}", speed, peer, decode])
+                    label = label.format(**decode)
+                    precision = name.split(",")[0]
+                    rows.append((result["ratio"][peer][key], precision, f"{name}, {label}", speed, peer, decode))
         for row in figures.get("attention", {}).get("rows", []):
             if row["positions"] > 8000 and "decode_ratio" in row:
                 label = f"INT4, decoding at {row['positions']:,} positions (computed from 2 layers)"
                 speed = f"{1000 / row['this']['decode_ms']:.1f} tokens/s"
-                rows.append([row["decode_ratio"], label, speed, "llama.cpp", figures["attention"]])
+                rows.append((row["decode_ratio"], "long", label, speed, "llama.cpp", figures["attention"]))
         if "rounds" in figures:
             last = figures["rounds"]["rows"][-1]
             label = f"first token of the next round after {last['history_tokens']:,} tokens"
-            rows.append([last["ratio"], label, f"{last['with_cache_s']:.1f} s", "no cache", figures["rounds"]])
-    rows.sort(key=lambda row: row[0])
-    return table(
-        ["6B shape", "this", "ratio", "measured on"],
-        [[label, speed, f"{ratio:.2f} times {peer}", where(measured)] for ratio, label, speed, peer, measured in rows],
-    )
+            rows.append(
+                (last["ratio"], "rounds", label, f"{last['with_cache_s']:.1f} s", "no cache", figures["rounds"])
+            )
+    return sorted(rows, key=lambda row: row[0])
+
+
+def summary(machines: list[dict[str, dict]], worst_only: bool = False) -> str:
+    """
+    A table of all comparisons (docs/benchmarks.md), or of the lowest ratio of each precision, for prompts and for decoding
+    (README.md). The lowest ratio comes first.
+    """
+    rows, seen = [], set()
+    for ratio, precision, label, speed, peer, figures in compared(machines):
+        kind = (precision, label.rpartition(", ")[2])
+        if worst_only and (kind in seen or precision in ("long", "rounds")):
+            continue
+        seen.add(kind)
+        rows.append([label, speed, f"{ratio:.2f} times {peer}", where(figures)])
+    return table(["6B shape", "this package", "speed ratio", "measured on"], rows)
 
 
 def where(figures: dict) -> str:
@@ -415,6 +513,25 @@ def machine(figures: dict) -> str:
     m = figures["machine"]
     text = f"{m['threads']} threads of an {m['cpu']} ({m['capability']}), torch {m['torch']}, transformers {m['transformers']}"
     return text + "".join(f", {name} {version}" for name, version in m.get("peers", {}).items())
+
+
+INTRODUCTION = """\
+Measure speed and memory on your machine, compare them with other programs, and write this page again:
+
+```shell
+make bench                     # an hour; 40 GB of disk and 16 GB of memory for the 6B shape
+source .venv-bench/bin/activate
+python -m benchmarks --quick   # a smoke test in 3 minutes, with nothing to compare
+python -m benchmarks.gpu       # on a GPU
+```
+
+Programs that are compared take turns in one run. Figures are medians, unless they are marked as single runs. Compare the ratios:
+the speeds depend on the machine. Programs that are not installed (extra `bench`) are left out.
+
+## Summary
+
+The 6B shape with random weights, on two cores of each CPU, compared with the fastest other program. Ratios above 1 mean that this
+package is faster; the lowest comes first. The figures of the Intel CPU are of an earlier version of this package."""
 
 
 def main():
@@ -434,12 +551,7 @@ def main():
     (args.docs / "images").mkdir(parents=True, exist_ok=True)
     machines = {folder.name: read_figures(folder) for folder in sorted(args.results.iterdir()) if folder.is_dir()}
     page = ["# Benchmarks", ""]
-    page += [
-        "`make bench` measures all of this on your machine, and writes this page. Systems that are compared take turns in one "
-        "run; figures are medians, except where a single run is named. Compare ratios: the rest depends on the machine. Peers "
-        "that are not installed (extra `bench`) are left out. `python -m benchmarks --quick` shows in 3 minutes that "
-        "everything runs; `python -m benchmarks.gpu` is for GPUs.",
-    ]
+    page += [INTRODUCTION, "", summary(list(machines.values()))]
     for name, (title, text, plot) in SECTIONS.items():
         measured = {folder: figures[name] for folder, figures in machines.items() if name in figures}
         if measured:
@@ -456,12 +568,13 @@ def main():
                 plt.close(figure)
     (args.docs / "benchmarks.md").write_text("\n".join(page) + "\n")
 
-    readme = ROOT / "README.md"
     if args.docs == ROOT / "docs":
-        text = f"<!-- benchmarks -->\n{summary(list(machines.values()))}\n<!-- /benchmarks -->"
-        readme.write_text(
-            re.sub("<!-- benchmarks -->.*<!-- /benchmarks -->", lambda _: text, readme.read_text(), flags=re.S)
-        )
+        text = f"<!-- benchmarks -->\n{summary(list(machines.values()), worst_only=True)}\n<!-- /benchmarks -->"
+        for path in (ROOT / "README.md", ROOT / "README_zh.md"):
+            page = re.sub(
+                "<!-- benchmarks -->.*<!-- /benchmarks -->", lambda _: text, path.read_text("utf-8"), flags=re.S
+            )
+            path.write_text(page, "utf-8")
 
 
 def read_figures(folder: Path) -> dict[str, dict]:

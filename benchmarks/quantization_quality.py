@@ -71,7 +71,7 @@ def measure(model, batches: list[dict], reference: list[torch.Tensor]) -> dict[s
 
 
 def main():
-    parser = options(__doc__, rounds=1)
+    parser = options(__doc__)
     parser.add_argument("--model", type=Path, default=TINY)
     parser.add_argument("--corpora", type=Path, default=SHARED / "corpora")
     parser.add_argument("--calibration", type=int, default=128, help="rows of 256 tokens to calibrate with")

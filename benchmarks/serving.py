@@ -5,9 +5,10 @@ continuous batching, beside llama.cpp's (llama-cpp-python with its `server` extr
     python -m benchmarks.serving --output build/serving.json
     python -m benchmarks.serving --vllm .venv-vllm/bin/vllm
 
-All have the same random weights, in INT4 (vLLM in bfloat16), and get the same prompts: texts of different lengths, answered
-greedily and streamed. Tokens per second are those of all answers together, the prompts' time included. The time to the first
-token is a client's, from its request on; that per token is between its tokens.
+All have the same random weights, in INT4 or Q4_0 with embedding and output layer in INT8 or Q8_0 (vLLM: bfloat16). They run at
+once and take turns: each answers the same prompts, of different lengths, greedily and as a stream. Tokens per second are those of
+all answers together, the prompts' time included. The time to the first token is a client's, from its request on; that per token
+is between its tokens. Medians over rounds.
 """
 
 import json
@@ -22,6 +23,7 @@ import threading
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -44,12 +46,12 @@ def write_with_vocabulary(folder: Path, **sizes):
     shutil.copy(SHARED / "tokenizer/tokenizer.model", folder)
 
 
-def gguf_of(checkpoint: Path, path: Path) -> Path:
-    """The same weights for llama.cpp, in Q4_0 with embedding and head in Q8_0."""
+def converted(command: str, checkpoint: Path, path: Path, *options: str) -> Path:
+    """The same weights as a command of conversion/ writes them."""
 
     def write(output: Path):
-        command = [sys.executable, "-m", "conversion.to_gguf", "--model", str(checkpoint)]
-        subprocess.run([*command, "--output", str(output), "--type", "q4_0"], cwd=ROOT, check=True)
+        command_line = [sys.executable, "-m", command, "--model", str(checkpoint), "--output", str(output), *options]
+        subprocess.run(command_line, cwd=ROOT, check=True)
 
     return prepared(path, write)
 
@@ -119,19 +121,23 @@ class Server:
         return {
             "tokens_s": sum(map(len, answers)) / duration,
             "first_token_s": statistics.median(times[0] for times in answers if times),
-            "token_s": statistics.median(steps) if steps else None,
+            "token_s": statistics.median(steps),
         }
 
 
-def make_prompts(clients: int, words: int) -> list[str]:
-    """Different ones, so that no server has the next one's cache."""
+def make_prompts(clients: int, words: int, turn: int) -> list[str]:
+    """Different ones in each turn, so that no server has the next one's cache."""
     text = re.findall(r"\w+", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
-    rng = random.Random(clients)
+    rng = random.Random(f"{clients} {turn}")
     return [" ".join(rng.choices(text, k=words // 2 + rng.randrange(words))) for _ in range(clients)]
 
 
+def medians(results: list[dict]) -> dict:
+    return {key: statistics.median(result[key] for result in results) for key in results[0]}
+
+
 def main():
-    parser = options(__doc__, rounds=1)
+    parser = options(__doc__, rounds=3)
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--clients", type=int, nargs="*", default=[1, 4, 16, 64])
     parser.add_argument("--tokens", type=int, default=64, help="of each answer; default: %(default)s")
@@ -139,29 +145,37 @@ def main():
     parser.add_argument("--vllm", type=Path, help="the program vllm of another environment")
     args = parser.parse_args()
     if args.quick:
-        args.layers, args.clients, args.tokens, args.words = 1, [1, 2], 4, 10
+        args.layers, args.rounds, args.clients, args.tokens, args.words = 1, 1, [1, 2], 4, 10
     if not SHARED.is_dir():
         raise SystemExit(f"The published tokenizer is not at {SHARED}.")
     checkpoint = prepared(args.work / f"serving-{args.layers}", write_with_vocabulary, num_layers=args.layers)
     threads = str(torch.get_num_threads())
-    ours = [sys.executable, "-m", "serving", "--model", str(checkpoint), "--quantization", "int4"]
+    folder = args.work / f"serving-int4-{args.layers}"
+    int4 = converted("conversion.quantize", checkpoint, folder, "--quantize-embeddings")
+    ours = [sys.executable, "-m", "serving", "--model", str(int4)]
     commands = {"one by one": ours, "continuous batching": [*ours, "--continuous-batching"]}
     if is_installed("llama_cpp"):
-        gguf = gguf_of(checkpoint, args.work / f"q4_0-{args.layers}.gguf")
+        gguf = converted("conversion.to_gguf", checkpoint, args.work / f"q4_0-{args.layers}.gguf", "--type", "q4_0")
         settings = {"n_ctx": CONTEXT, "n_threads": threads, "n_threads_batch": threads, "interrupt_requests": False}
         settings = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
         commands["llama.cpp"] = [sys.executable, "-m", "llama_cpp.server", "--model", str(gguf), *settings]
     if args.vllm:
         vllm = [str(args.vllm), "serve", str(checkpoint), "--trust-remote-code", "--dtype", "bfloat16"]
         commands["vLLM"] = [*vllm, "--max-model-len", str(CONTEXT)]
-    rows = [{"clients": clients} for clients in args.clients]
-    for name, command in commands.items():
-        with Server(command) as server:
+    rows = []
+    with ExitStack() as stack:
+        servers = {name: stack.enter_context(Server(command)) for name, command in commands.items()}
+        for server in servers.values():
             server.complete("warm up", 4)
-            for row in rows:
-                row[name] = server.measure(make_prompts(row["clients"], args.words), args.tokens)
-                print(f"  {name}, {row['clients']} clients: {row[name]}", file=sys.stderr, flush=True)
-    report({"layers": args.layers, "tokens": args.tokens, "rows": rows}, args.output)
+        for clients in args.clients:
+            results = {name: [] for name in servers}
+            for turn in range(args.rounds):
+                prompts = make_prompts(clients, args.words, turn)
+                for name, server in servers.items():
+                    results[name].append(server.measure(prompts, args.tokens))
+                    print(f"  {name}, {clients} clients: {results[name][-1]}", file=sys.stderr, flush=True)
+            rows.append({"clients": clients, **{name: medians(turns) for name, turns in results.items()}})
+    report({"layers": args.layers, "words": args.words, "tokens": args.tokens, "rows": rows}, args.output)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
 """
 Clients that ask the server all the time: errors, and its memory minute by minute.
 
-    python -m benchmarks.soak                          # 16 clients, 10 minutes
-    python -m benchmarks.soak --continuous-batching
+    python -m benchmarks.soak                  # 16 clients, 10 minutes one by one, and 10 with continuous batching
 
 Some hang up in the middle, and two send what is no request. Greedy answers to the same dialogue must be the same. It starts
 the server, with the small model and at a free port of this machine, and stops it.
@@ -18,15 +17,13 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import openai
 import psutil
 
-from common.options import Parser
 from common.package import ROOT
 
-from .measure import report
+from .measure import options, report
 
 
 QUERIES = [
@@ -37,6 +34,7 @@ QUERIES = [
     "今天天气真好。",
     "I feel sad today.",
 ]
+WAYS = {"one by one": [], "continuous batching": ["--continuous-batching"]}  # options of the server
 HANG_UP = 0.1  # the share of streams that are left after their first text
 ATTACKERS = 2
 MESSAGE = b'{"messages": [{"role": "user", "content": "hi"}]'
@@ -119,26 +117,19 @@ def ask(address: str, seed: int, until: float, counts: dict, lock: threading.Loc
             messages.append({"role": "assistant", "content": text})
 
 
-def main():
-    parser = Parser(__doc__)
-    parser.add_argument("--clients", type=int, default=16)
-    parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--continuous-batching", action="store_true", help="of the server")
-    parser.add_argument("--output", type=Path, help="JSON file for the figures")
-    args = parser.parse_args()
-    server, address = start_server(["--continuous-batching"] if args.continuous_batching else [])
+def soak(server_options: list[str], clients: int, minutes: float) -> dict:
+    server, address = start_server(server_options)
     try:
         process = psutil.Process(server.pid)
         counts, lock = {"outcomes": {}, "seconds": [], "greedy": {}}, threading.Lock()
-        until = time.monotonic() + 60 * args.minutes
-        clients = [
-            threading.Thread(target=ask, args=(address, seed, until, counts, lock)) for seed in range(args.clients)
+        until = time.monotonic() + 60 * minutes
+        threads = [
+            threading.Thread(target=function, args=(address, seed, until, counts, lock))
+            for function, number in ((ask, clients), (attack, ATTACKERS))
+            for seed in range(number)
         ]
-        clients += [
-            threading.Thread(target=attack, args=(address, seed, until, counts, lock)) for seed in range(ATTACKERS)
-        ]
-        for client in clients:
-            client.start()
+        for thread in threads:
+            thread.start()
         memory = []
         for minute in itertools.count(1):
             time.sleep(max(0, min(60, until - time.monotonic())))
@@ -146,16 +137,29 @@ def main():
             print(f"minute {minute}: {memory[-1]} MB, {json.dumps(counts['outcomes'])}", file=sys.stderr, flush=True)
             if time.monotonic() >= until:
                 break
-        for client in clients:
-            client.join()
+        for thread in threads:
+            thread.join()
     finally:
         server.terminate()
         server.wait(30)
     waits = sorted(counts["seconds"])
-    result = {"clients": args.clients, "minutes": args.minutes, "continuous_batching": args.continuous_batching}
-    result |= {"outcomes": counts["outcomes"], "memory_mb": memory, "threads_left": threading.active_count() - 1}
-    result |= {"median_s": waits[len(waits) // 2], "slowest_s": waits[-1]}
-    report(result, args.output)
+    return {
+        "outcomes": counts["outcomes"],
+        "memory_mb": memory,
+        "median_s": waits[len(waits) // 2],
+        "slowest_s": waits[-1],
+    }
+
+
+def main():
+    parser = options(__doc__)
+    parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--minutes", type=float, default=10, help="of each way to serve; default: %(default)s")
+    args = parser.parse_args()
+    if args.quick:
+        args.clients, args.minutes = 2, 0.1
+    ways = {name: soak(server_options, args.clients, args.minutes) for name, server_options in WAYS.items()}
+    report({"clients": args.clients, "minutes": args.minutes, "ways": ways}, args.output)
 
 
 if __name__ == "__main__":

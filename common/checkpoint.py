@@ -1,4 +1,4 @@
-"""Checkpoint folders: checked before anything is loaded, and loaded; the message of an error names the file and field."""
+"""Checks and loads checkpoint folders. Errors name the file and the field."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +25,7 @@ CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWit
 
 # Where the library looks for weights, in its order
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-# What reading a file of wrong content raises, deep inside the library
+# Errors of the library for files with wrong content
 UNREADABLE = (
     ArithmeticError, AttributeError, EOFError, ImportError, LookupError, RuntimeError, SafetensorError, StrictDataclassError,
     SyntaxError, TypeError, UnpicklingError,
@@ -37,15 +37,15 @@ def load(auto_class, name: str | Path, may_lack: tuple[str, ...] = (), checkpoin
     Loads a model of a folder or of the Hub, as `auto_class.from_pretrained` does, but with this package's code.
 
     Args:
-        may_lack: Parts of the names of weights that the files need not have.
-        checkpoint_code: Run the code in the folder instead, as `trust_remote_code` does.
+        may_lack: Weights that may be missing, by parts of their names.
+        checkpoint_code: Run the code in the folder instead of this package's, as `trust_remote_code` does.
 
     Raises:
         ValueError: if there is no such model, a file is missing or damaged, a field of config.json is wrong, or a weight has
-            another shape or is missing, which would be random.
+            another shape or is missing. (A missing weight would be random.)
     """
     folder = base = local_folder(name, options.pop("revision", None))
-    if (folder / "adapter_config.json").exists():  # of PEFT, which the library reads by itself
+    if (folder / "adapter_config.json").exists():  # an adapter of PEFT, which the library loads itself
         base = local_folder(read_json(folder / "adapter_config.json").get("base_model_name_or_path") or folder)
     else:
         weight_files(folder)
@@ -67,8 +67,7 @@ def load(auto_class, name: str | Path, may_lack: tuple[str, ...] = (), checkpoin
             ) from error
     for weight, shape, expected in found["mismatched_keys"]:
         raise ValueError(
-            f"{weight} in {name} is {list(shape)}; by config.json it would be {list(expected)}. They belong to different "
-            "models."
+            f"{weight} in {name} is {list(shape)}; config.json says {list(expected)}. They belong to different models."
         )
     missing = sorted(key for key in found["missing_keys"] if not any(part in key for part in may_lack))
     if missing:
@@ -79,12 +78,14 @@ def load(auto_class, name: str | Path, may_lack: tuple[str, ...] = (), checkpoin
     if found["unexpected_keys"]:
         logger.warning(f"{name} has {name_some(sorted(found['unexpected_keys']))}, which the model does not use.")
     if is_hub_name(name):
-        model.config.name_or_path = model.name_or_path = str(name)  # not the cache's folder: adapters keep it
+        model.config.name_or_path = model.name_or_path = str(
+            name
+        )  # not the folder of the cache: adapters store this name
     return model
 
 
 def package_class(auto_class: str):
-    """Returns this package's class for one of the library's `Auto...` names. What is saved of it has the code beside it."""
+    """Returns this package's class for one of the library's `Auto...` names. Saving it also saves the code."""
     name = read_json(ROOT / ("tokenizer_config.json" if auto_class == "AutoTokenizer" else "config.json"))["auto_map"]
     name = name[auto_class]
     loaded = product(name if isinstance(name, str) else name[0])
@@ -104,12 +105,12 @@ def load_config(name: str | Path, checkpoint_code: bool = False, revision: str |
         return AutoConfig.from_pretrained(folder, trust_remote_code=checkpoint_code, **fields)
     read_config(folder)
     config = package_class("AutoConfig").from_pretrained(folder, **fields)
-    config.auto_map = read_json(ROOT / "config.json")["auto_map"]  # that of the folder may name code on the Hub
+    config.auto_map = read_json(ROOT / "config.json")["auto_map"]  # the folder's may name code on the Hub
     return config
 
 
 def is_chatglm(folder: Path) -> bool:
-    """Whether a folder holds a ChatGLM2, or its tokenizer; the published config.json does not say."""
+    """Whether a folder has a ChatGLM2 model or tokenizer. The published config.json does not name the type."""
     check_links(folder)
     if (folder / "config.json").exists():
         return read_json(folder / "config.json").get("model_type", "chatglm") == "chatglm"
@@ -118,7 +119,7 @@ def is_chatglm(folder: Path) -> bool:
 
 
 def check_links(folder: Path):
-    """Raises ValueError if Git wrote the folder's symbolic links as files, as it does on Windows by default."""
+    """Raises ValueError if Git wrote the folder's symbolic links as text files, as it does on Windows by default."""
     for name in DEFAULTS:
         path = folder / name
         if path.is_file() and path.stat().st_size < 100 and path.read_bytes().startswith(b"../"):
@@ -130,7 +131,7 @@ def check_links(folder: Path):
 
 @contextmanager
 def without_loading_report() -> Iterator[None]:
-    """Keeps the library from listing, over many lines, what `load` says in one."""
+    """Hides the library's long loading report. `load` reports problems in one line."""
     reporter = logging.get_logger("transformers.modeling_utils")
 
     def is_no_report(record) -> bool:
@@ -181,7 +182,7 @@ def check_tokenizer(folder: Path):
 
 
 def name_some(names: list[str]) -> str:
-    """Returns the first three names, and how many there are besides."""
+    """Returns the first three names, and the number of further ones."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
 
 
@@ -193,7 +194,7 @@ def check_folder(folder: Path) -> Path:
 
 def read_config(folder: Path) -> tuple[dict, object]:
     """
-    Returns what config.json of a folder holds, and the `ChatGLMConfig` made of it.
+    Returns the content of a folder's config.json, and the `ChatGLMConfig` made from it.
 
     Raises:
         ValueError: if a configuration file is not JSON, or a field of config.json has the wrong type or value.
@@ -203,7 +204,7 @@ def read_config(folder: Path) -> tuple[dict, object]:
     for name in ("generation_config.json", "tokenizer_config.json"):
         if (folder / name).exists():
             read_json(folder / name)
-    model_type = written.get("model_type", "chatglm")  # the published one does not say
+    model_type = written.get("model_type", "chatglm")  # the published one does not name it
     if model_type != "chatglm":
         hint = " Convert it with `python -m conversion.from_glm`." if model_type == "glm" else ""
         raise ValueError(f"{path}: model_type is {model_type!r}, and ChatGLM2's is 'chatglm'.{hint}")
@@ -223,10 +224,10 @@ def read_config(folder: Path) -> tuple[dict, object]:
 
 def weight_files(folder: Path) -> list[Path]:
     """
-    Returns the files of a folder that hold its weights.
+    Returns the weight files of a folder.
 
     Raises:
-        ValueError: if there are none, one that the index names is missing, or the index is damaged.
+        ValueError: if there are none, a file of the index is missing, or the index is damaged.
     """
     for name in WEIGHTS:
         path = folder / name

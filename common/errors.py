@@ -1,4 +1,4 @@
-"""How a command ends: with one line instead of a traceback where the error is the user's to mend."""
+"""Ends commands: an error that the user can fix is one line, not a traceback."""
 
 import signal
 import sys
@@ -18,15 +18,15 @@ command: str | None = None
 @contextmanager
 def plain_errors(extra: str):
     """
-    For a command: an expected error ends it with its message on one line and exit code 1. SIGTERM and SIGHUP end it as
-    Ctrl-C does, so that what is unfinished is removed.
+    Runs a command. An expected error ends it with one line and exit code 1. SIGTERM and SIGHUP end it as Ctrl-C does, so
+    that unfinished files are removed.
 
     Args:
-        extra: The extra of setup.cfg that brings the packages that the command needs.
+        extra: The extra of setup.cfg with the packages that the command needs.
     """
     ours = {}
     if threading.current_thread() is threading.main_thread():
-        for name in ("SIGTERM", "SIGHUP"):  # SIGHUP is not on Windows; one that nohup ignores stays ignored
+        for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP; if nohup ignores it, it stays ignored
             number = getattr(signal, name, None)
             if number is not None and signal.getsignal(number) is signal.SIG_DFL:
                 ours[number] = signal.signal(number, end)
@@ -44,7 +44,7 @@ def plain_errors(extra: str):
 
 @contextmanager
 def needs_extra(extra: str):
-    """For imports of a command: a package that is not installed ends it with one line that names the extra."""
+    """Imports the packages of a command. If one is not installed, ends with one line that names the extra."""
     try:
         yield
     except ImportError as error:
@@ -52,12 +52,12 @@ def needs_extra(extra: str):
 
 
 def how_to_install(extra: str) -> str:
-    """Returns the command that installs an extra of setup.cfg, from the folder that this is."""
+    """Returns the command that installs an extra of setup.cfg from this repository."""
     return f"pip install -e '{'.' if Path.cwd() == ROOT else ROOT}[{extra}]'"
 
 
 def end(number: int, frame):
-    """A signal handler: ends the program by an exception, after which `finally` runs."""
+    """A signal handler that ends the program with an exception, so that `finally` blocks run."""
     raise SystemExit(128 + number)
 
 
@@ -67,6 +67,6 @@ def one_line(error: Exception) -> str:
 
 
 def program_name() -> str:
-    """`conversion.to_glm`, say, as it is typed after `python -m`; or `chatglm2 convert to_glm`, where that was typed."""
+    """Returns the name as the user typed it, for example `conversion.to_glm` or `chatglm2 convert to_glm`."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     return command or (spec.name.removesuffix(".__main__") if spec is not None else "error")

@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all, by one process at a time."""
+"""Writes files and folders completely or not at all, and by one process at a time."""
 
 import json
 import os
@@ -12,17 +12,17 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 
-# The hidden folder in which an output grows until it is complete, beside it or, if it is an empty folder, in it
+# The hidden folder in which an output is written, beside the output or, if that is an empty folder, in it
 UNFINISHED = ".unfinished"
 LOCK = ".lock"
 
 
 def read_json(path: Path, remedy: str = "Download it again.") -> dict:
     """
-    Returns the object that a JSON file holds.
+    Returns the object in a JSON file.
 
     Raises:
-        ValueError: if the file is missing, empty, truncated, not UTF-8 or holds something else. The message names the
+        ValueError: if the file is missing, empty, truncated, not UTF-8 or not an object. The message names the
             file and ends with `remedy`.
     """
     try:
@@ -38,7 +38,7 @@ def read_json(path: Path, remedy: str = "Download it again.") -> dict:
 
 
 def write_json(path: Path, value):
-    """Writes a JSON file whole or not at all, and its folder if that is missing."""
+    """Writes a JSON file completely or not at all. Creates its folder if needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
@@ -48,10 +48,10 @@ def write_json(path: Path, value):
 @contextmanager
 def only_run(folder: Path, option: str) -> Iterator[None]:
     """
-    Keeps a folder to one process at a time. The lock ends with the process, however that ends.
+    Locks a folder for one process. The lock ends with the process, even if that is killed.
 
     Raises:
-        ValueError: if another process has the folder.
+        ValueError: if another process uses the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK)
@@ -70,7 +70,7 @@ def only_run(folder: Path, option: str) -> Iterator[None]:
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
     """
-    Gives a folder to write to, which becomes `output` at the end; after an error nothing is left of it.
+    Yields a folder to write to. It becomes `output` at the end; after an error it is removed.
 
     Raises:
         ValueError: if `output` exists and is not an empty folder, or if another process is writing it.
@@ -82,7 +82,7 @@ def new_folder(output: Path) -> Iterator[Path]:
     is_there = output.is_dir()
     with unfinished_folder(output / UNFINISHED if is_there else hidden(output), output) as folder:
         yield folder
-        if is_there:  # it may be a mount point, which cannot be replaced; config.json last, without which nothing loads
+        if is_there:  # A mount point cannot be replaced. config.json comes last, as nothing loads without it.
             for path in sorted(folder.iterdir(), key=lambda path: path.name == "config.json"):
                 path.rename(output / path.name)
         else:
@@ -104,7 +104,7 @@ def end_of_links(path: Path) -> Path:
     try:
         return path.resolve()
     except RuntimeError as error:  # before Python 3.13; an OSError since
-        raise ValueError(f"{path} is a loop of symbolic links. Give another --output.") from error
+        raise ValueError(f"{path} is a loop of symbolic links. Choose another --output.") from error
 
 
 def hidden(output: Path) -> Path:
@@ -113,7 +113,7 @@ def hidden(output: Path) -> Path:
 
 @contextmanager
 def unfinished_folder(folder: Path, output: Path) -> Iterator[Path]:
-    """Gives a folder in the hidden `folder`, which is removed at the end. What killed processes left there goes too."""
+    """Yields a folder in the hidden `folder`, which is removed at the end, with anything that killed processes left there."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     for other in folder.parent.glob(f".*{UNFINISHED}"):
         if other != folder:
@@ -147,4 +147,4 @@ def remove_left_over(folder: Path):
 def say_removed(folder: Path):
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     shutil.rmtree(folder, ignore_errors=True)
-    print(f"Removed {size:,} bytes in {folder}, which an interrupted run had left.", file=sys.stderr)
+    print(f"Removed {size:,} bytes in {folder}, left by an interrupted run.", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""What ChatGLM2 is in `GlmForCausalLM`, the architecture of Transformers itself: configuration and tensors."""
+"""Maps configuration and tensors of ChatGLM2 to `GlmForCausalLM`, which is built into Transformers."""
 
 from collections.abc import Iterable, Iterator
 
@@ -44,7 +44,7 @@ def glm_config(config, **changes) -> GlmConfig:
 
 
 def rope_parameters(config) -> dict:
-    """Returns the library's RoPE settings of a `ChatGLMConfig`; `rope_ratio`, which only that has, is linear scaling."""
+    """Returns the library's RoPE settings for a `ChatGLMConfig`. `rope_ratio` becomes linear scaling."""
     rope = dict(config.rope_parameters)
     if rope["rope_type"] == "default" and config.rope_ratio != 1:
         rope.update(rope_type="linear", factor=float(config.rope_ratio))
@@ -52,7 +52,7 @@ def rope_parameters(config) -> dict:
 
 
 def glm_names(name: str) -> list[str]:
-    """Returns what a tensor is called in GLM; for a fused one the names of query, key and value."""
+    """Returns the name of a tensor in GLM, or the names of query, key and value for a fused tensor."""
     for ours, theirs in NAMES.items():
         name = name.replace(ours, theirs)
     if ".query_key_value." not in name:
@@ -61,7 +61,7 @@ def glm_names(name: str) -> list[str]:
 
 
 def glm_tensors(tensors: Iterable[tuple[str, torch.Tensor]], config) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields the (name, tensor) of ChatGLM2 as GLM's; with multi-query attention the parts of fused ones are views."""
+    """Yields (name, tensor) for GLM. With multi-query attention, the parts of fused tensors are views."""
     for name, tensor in tensors:
         names = glm_names(name)
         yield from zip(names, [tensor] if len(names) == 1 else split_query_key_value(tensor, config))

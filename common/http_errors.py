@@ -1,5 +1,5 @@
 """
-Errors that clients understand, as OpenAI's API has them: {"error": {"message": ..., "type": ..., "param": ..., "code": ...}}.
+Errors in the format of OpenAI's API: {"error": {"message": ..., "type": ..., "param": ..., "code": ...}}.
 """
 
 from fastapi import FastAPI, HTTPException
@@ -19,7 +19,7 @@ LIMITS |= {"min_length": "at least {} long", "max_length": "at most {} long"}
 
 
 class ApiError(Exception):
-    """What a client is told: the status, the message, and OpenAI's `param` and `code`."""
+    """An error for the client: the status, the message, and OpenAI's `param` and `code`."""
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
         super().__init__(message)
@@ -35,7 +35,7 @@ def error_response(status: int, message: str, headers: dict | None = None, code:
 
 
 def answer_errors(app: FastAPI):
-    """Has all errors answered in JSON, without what the server alone should know."""
+    """Makes the application answer all errors in JSON, without internal details."""
 
     @app.exception_handler(ApiError)
     async def api_error(request, error: ApiError):
@@ -71,7 +71,7 @@ def parse(model: type[BaseModel], body: bytes) -> BaseModel:
 
 
 def explain(error: dict) -> ApiError:
-    """Returns pydantic's error in words."""
+    """Returns the ApiError for an error of pydantic."""
     where, kind, context = "", error["type"], error.get("ctx", {})
     for part in (*error["loc"], *([context["name"]] if kind == "unsupported" else [])):
         where += f"[{part}]" if isinstance(part, int) else f".{part}" if where else str(part)
@@ -100,7 +100,7 @@ def explain(error: dict) -> ApiError:
 
 
 def type_of(value) -> str:
-    """Returns the name that JSON has for the type of a value."""
+    """Returns JSON's name for the type of a value."""
     names = {
         bool: "a boolean",
         int: "an integer",

@@ -1,6 +1,6 @@
 """
-What stands between a server's application and its clients: who may ask, how large and how slow requests may be, and an end to
-the work for clients that have gone.
+Protects a server: checks keys and host names, limits the size and duration of requests, and cancels the requests of clients that
+disconnect.
 
 `Guard` is an ASGI middleware, `Connection` uvicorn's HTTP/1.1 with time limits, and `run` starts both.
 """
@@ -24,14 +24,14 @@ from common.http_errors import error_response
 
 
 SECONDS = 30  # for the headers of a request, for its body, and between requests
-SECONDS_TO_READ = 60  # for a client to take what is sent to it
-MAX_IDLE = 400  # connections without a whole request: when there are more, the oldest is closed
+SECONDS_TO_READ = 60  # for a client to read its answer
+MAX_IDLE = 400  # connections without a complete request; beyond this, the oldest is closed
 MAX_REQUESTS = 500  # at once: more are answered with 503. Both together stay below the usual limit of 1,024 open files
 OPEN_PATHS = ("/health", "/docs", "/openapi.json")  # no API key needed
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Takes the port, before a model is loaded for nothing; ends with one line if that cannot be."""
+    """Opens the port before the model is loaded. Ends with one line if that fails."""
     try:
         return socket.create_server(
             (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=512
@@ -70,13 +70,13 @@ class Server(uvicorn.Server):
 
 def run(app, listener: socket.socket, name: str, args: argparse.Namespace, on_exit: Callable = lambda: None):
     """
-    Serves until interrupted; with --port 0 the address says which port it is.
+    Serves until interrupted. The printed address names the port, for --port 0 too.
 
     Args:
-        on_exit: Called by the handler of SIGINT and SIGTERM. Requests have 3 seconds to end after it.
+        on_exit: Called on SIGINT and SIGTERM. Requests then have 3 seconds to end.
     """
     if args.host not in ("127.0.0.1", "localhost", "::1") and not args.api_key:
-        print(f"Anyone who can reach {args.host} can use this server: consider --api-key.", file=sys.stderr)
+        print(f"Anyone who can reach {args.host} can use this server. Consider --api-key.", file=sys.stderr)
     host = f"[{args.host}]" if ":" in args.host else args.host
     print(f"{name} at http://{host}:{listener.getsockname()[1]}", flush=True)
     config = configuration(guarded(app, args.api_key, args.max_body, args.allowed_hosts, args.cors))
@@ -86,11 +86,11 @@ def run(app, listener: socket.socket, name: str, args: argparse.Namespace, on_ex
 
 class Connection(H11Protocol):
     """
-    uvicorn's HTTP/1.1. A connection without a whole request is closed after `SECONDS`, and earlier if there are more than
+    uvicorn's HTTP/1.1. A connection without a complete request is closed after `SECONDS`, or earlier if there are more than
     `MAX_IDLE` of them and it is the oldest.
     """
 
-    current: ContextVar["Connection | None"] = ContextVar("connection", default=None)  # of the request in hand
+    current: ContextVar["Connection | None"] = ContextVar("connection", default=None)  # of the current request
     idle: dict["Connection", asyncio.TimerHandle] = {}  # the oldest first
     is_lost = False
 
@@ -108,7 +108,7 @@ class Connection(H11Protocol):
         super().connection_lost(error)
 
     def wait(self, seconds: float | None = None):
-        """From now on a request, or the rest of one, is waited for."""
+        """Starts to wait for a request, or the rest of one."""
         self.is_busy()
         if self.is_lost:
             return
@@ -117,13 +117,13 @@ class Connection(H11Protocol):
             next(iter(self.idle)).transport.abort()
 
     def is_busy(self):
-        """A whole request is there."""
+        """A complete request has arrived."""
         if timer := self.idle.pop(self, None):
             timer.cancel()
 
 
 def guarded(app, api_key: str | None, max_body: int, allowed_hosts=(), cors=()):
-    """Puts a `Guard` before the application and, before that, answers to browsers that ask what other sites' pages may."""
+    """Wraps the application in a `Guard` and, around that, in the CORS middleware."""
     app = Guard(app, api_key, max_body, allowed_hosts)
     if cors:
         app = CORSMiddleware(app, allow_origins=list(cors), allow_methods=["*"], allow_headers=["*"])
@@ -134,10 +134,10 @@ class Guard:
     """
     Args:
         app: The ASGI application.
-        api_key: What clients have to send as `Authorization: Bearer ...`, except to `OPEN_PATHS`. None: nothing.
+        api_key: Clients must send it as `Authorization: Bearer ...`, except to `OPEN_PATHS`. None: no key is needed.
         max_body: Bytes of a request's body.
-        allowed_hosts: Names that the Host header may have, besides localhost and IP addresses. A page of another site
-            whose name was made to lead here (DNS rebinding) has another. "*": any.
+        allowed_hosts: Names that are allowed in the Host header, besides localhost and IP addresses. This protects
+            against DNS rebinding, where the name of another site resolves to this machine. "*": all names.
     """
 
     def __init__(self, app, api_key: str | None = None, max_body: int = 1 << 20, allowed_hosts=()):
@@ -155,7 +155,7 @@ class Guard:
             if (refusal := self.refuse(scope)) is not None:
                 return await refusal(scope, receive, send)
             if connection is not None:
-                connection.wait(2 * SECONDS)  # longer than below, so that there is time for an answer
+                connection.wait(2 * SECONDS)  # longer than below, so that there is time to answer
             try:
                 async with asyncio.timeout(SECONDS):
                     body = await self.read_body(receive)
@@ -176,7 +176,7 @@ class Guard:
             finally:
                 self.requests -= 1
         except (asyncio.CancelledError, ConnectionResetError):
-            pass  # the server's time is up, or the client is gone
+            pass  # the server is stopping, or the client has disconnected
         finally:
             if connection is not None:
                 connection.wait()
@@ -204,7 +204,7 @@ class Guard:
         return False
 
     async def read_body(self, receive) -> bytes | None:
-        """Returns the body, or None if it is too large; most clients read the answer only after all is sent."""
+        """Returns the body, or None if it is too large. Reads it to the end, as most clients read the answer only then."""
         parts, length, more = [], 0, True
         while more and length <= 16 * self.max_body:
             message = await receive()
@@ -217,7 +217,7 @@ class Guard:
         return b"".join(parts) if length <= self.max_body else None
 
     async def run_while_connected(self, body: bytes, scope, receive, send):
-        """Calls the application with a body that is read already, and cancels it when the client hangs up, or stops reading."""
+        """Calls the application with the body, and cancels it if the client disconnects or stops reading."""
         gone = asyncio.Event()
         messages = iter([{"type": "http.request", "body": body, "more_body": False}])
 

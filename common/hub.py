@@ -1,4 +1,4 @@
-"""Which files of a repository on the Hub make a checkpoint, and the folder that they are downloaded to."""
+"""Finds the checkpoint files of a Hub repository, and the folder that they are downloaded to."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,7 +12,7 @@ SMALL_FILES = (
 
 
 def is_hub_name(name: str | Path) -> bool:
-    """Whether this can only be OWNER/NAME on the Hub, and not the path of a folder."""
+    """Whether this is OWNER/NAME on the Hub, and cannot be the path of a folder."""
     name = str(name)
     return (
         name.count("/") == 1
@@ -24,8 +24,8 @@ def is_hub_name(name: str | Path) -> bool:
 
 def wanted_files(names: Iterable[str]) -> list[str]:
     """
-    Returns which files of a repository make a checkpoint: the weights, as safetensors if there are any, and small files;
-    config.json last, so that nothing loads before it is complete.
+    Returns the files of a repository that belong to a checkpoint: the weights, as safetensors if there are any, and small
+    files. config.json comes last, so that an incomplete folder cannot be loaded.
 
     Raises:
         ValueError: if there are no weights, or no config.json.
@@ -45,11 +45,11 @@ def wanted_files(names: Iterable[str]) -> list[str]:
 
 def local_folder(name: str | Path, revision: str | None = None) -> Path:
     """
-    Returns the folder of a model: the one that is named, or the one in the Hub's cache to which the files of OWNER/NAME are
-    downloaded, or were before. HF_ENDPOINT, HF_HUB_OFFLINE and the client's other variables apply.
+    Returns the folder of a model. Files of OWNER/NAME on the Hub are downloaded to the Hub's cache if they are not there yet.
+    HF_ENDPOINT, HF_HUB_OFFLINE and the other variables of the Hub's client apply.
 
     Raises:
-        ValueError: if there is no such folder, no such repository, or it cannot be reached.
+        ValueError: if the folder or the repository does not exist, or the Hub cannot be reached.
     """
     if not is_hub_name(name):
         if not Path(name).is_dir():
@@ -68,8 +68,8 @@ def local_folder(name: str | Path, revision: str | None = None) -> Path:
         except HfHubHTTPError as error:
             if error.response.status_code < 500:
                 raise ValueError(f"{name}: {' '.join(str(error).split())}") from error
-        except Exception:  # of the HTTP library, which is another from one release of huggingface_hub to the next
-            pass  # no network: what was downloaded before is used
+        except Exception:  # of the HTTP library, which depends on the release of huggingface_hub
+            pass  # no network: use what was downloaded before
     if files is not None:
         return Path(snapshot_download(str(name), revision=revision, allow_patterns=files))
     config = try_to_load_from_cache(str(name), "config.json", revision=revision)

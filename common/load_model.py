@@ -1,4 +1,4 @@
-"""Loading the model that the options ask for, with errors that fit on a line."""
+"""Loads the model that the options name, with errors of one line."""
 
 import argparse
 import asyncio
@@ -20,10 +20,10 @@ LARGE = 1_000_000_000  # bytes
 
 def load_model(args: argparse.Namespace):
     """
-    Loads the model and the tokenizer that the options ask for.
+    Loads the model and the tokenizer that the options name.
 
     Raises:
-        SystemExit: With one line that says what is wrong with which option, before anything is loaded where possible.
+        SystemExit: With one line that names the option and the problem, before anything is loaded if possible.
     """
     try:
         folder = local_folder(args.model)
@@ -32,10 +32,10 @@ def load_model(args: argparse.Namespace):
     if not shows_progress(folder):
         logging.disable_progress_bar()
     if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
-        raise SystemExit(f"--model {args.model}: there is no config.json in it. Give a complete checkpoint folder.")
+        raise SystemExit(f"--model {args.model}: it has no config.json. Pass a complete checkpoint folder.")
     device = default_device() if args.device is None else args.device
     if device == "meta":
-        raise SystemExit("--device meta: there is no memory on it to compute with.")
+        raise SystemExit("--device meta: it has no memory, so nothing can be computed on it.")
     if device != "auto":
         try:
             torch.empty(0, device=device)
@@ -43,7 +43,7 @@ def load_model(args: argparse.Namespace):
             raise SystemExit(
                 f"--device {device}: {str(error).splitlines()[0]} Use --device cpu, or a build of PyTorch for the device."
             ) from None
-    dtype = args.dtype or ("float32" if device == "cpu" else "auto")  # CPUs compute slowly in float16
+    dtype = args.dtype or ("float32" if device == "cpu" else "auto")  # float16 is slow on CPUs
     options = {}
     if args.quantization:
         options["quantization_config"] = {"quant_method": "chatglm", "bits": QUANTIZATIONS[args.quantization]}
@@ -62,7 +62,7 @@ def load_model(args: argparse.Namespace):
 
 
 def shows_progress(folder: Path) -> bool:
-    """Whether to show how far the loading is: in a terminal, of weights that take more than a moment."""
+    """Whether to show a progress bar while loading: in a terminal, for large weights."""
     weights = (path for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern))
     return sys.stderr is not None and sys.stderr.isatty() and sum(path.stat().st_size for path in weights) > LARGE
 
@@ -73,8 +73,8 @@ def default_device() -> str:
 
 async def iterate_in_threads(stream: Iterator) -> AsyncIterator:
     """
-    Yields what a generator (`stream_chat`) yields, each step in a thread, so that others are served meanwhile. Cancelled or
-    closed, it lets the step at hand end, and closes the generator: then generation has stopped.
+    Yields what a generator (`stream_chat`) yields. Each step runs in a thread, so that other requests are served meanwhile. If
+    it is cancelled or closed, it waits for the current step and closes the generator, which stops generation.
     """
     step, end = None, object()
     try:

@@ -1,4 +1,4 @@
-"""The options that all commands share. Needs only the standard library, so that `--help` answers at once."""
+"""The options that all commands share. Imports only the standard library, so that `--help` is fast."""
 
 import argparse
 import os
@@ -15,7 +15,7 @@ QUANTIZATIONS = {"int4": 4, "int8": 8}
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, which shows the description as it is and takes `--max_length` for `--max-length`."""
+    """argparse's parser. Keeps the line breaks of the description, and accepts `--max_length` for `--max-length`."""
 
     def __init__(self, description: str | None):
         name = program_name()
@@ -31,13 +31,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def hyphens(arg: str) -> str:
-    """Returns `--max-length=VALUE` for `--max_length=VALUE`, and whatever else is no option as it is."""
+    """Returns `--max-length=VALUE` for `--max_length=VALUE`, and anything else unchanged."""
     name, equals, value = arg.partition("=")
     return name.replace("_", "-") + equals + value if re.fullmatch(r"--\w[\w-]*", name) else arg
 
 
 def add_model_option(parser: argparse.ArgumentParser, default: str | Path | None = TINY):
-    """`--model`, of which commands that have no default need one."""
+    """Adds `--model`, which is required if there is no default."""
     shown = "" if default is None else f" (default: {'checkpoints/tiny' if default == TINY else default})"
     parser.add_argument(
         "--model",
@@ -52,13 +52,13 @@ def add_output_option(parser: argparse.ArgumentParser, what: str = "the folder t
 
 
 def add_model_options(parser: argparse.ArgumentParser, default: str | Path | None = TINY):
-    """Which model to load, and how."""
+    """Adds the options for loading a model."""
     add_model_option(parser, default)
     parser.add_argument(
-        "--device", help="cpu, cuda, cuda:1, mps, or auto: all GPUs (default: the first GPU, or the CPU)"
+        "--device", help="cpu, cuda, cuda:1 or mps; auto uses all GPUs (default: the first GPU, or the CPU)"
     )
-    parser.add_argument("--dtype", choices=DTYPES, help="default: float32 on the CPU, elsewhere the checkpoint's")
-    parser.add_argument("--quantization", choices=list(QUANTIZATIONS), help="quantize the weights while they load")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, otherwise the checkpoint's dtype")
+    parser.add_argument("--quantization", choices=list(QUANTIZATIONS), help="quantize the weights while loading")
     parser.add_argument(
         "--checkpoint-code",
         action="store_true",
@@ -67,33 +67,41 @@ def add_model_options(parser: argparse.ArgumentParser, default: str | Path | Non
 
 
 def add_server_options(parser: argparse.ArgumentParser, port: int):
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: other machines too (default: this one only)")
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on; 0.0.0.0 allows other machines (default: this machine only)",
+    )
     parser.add_argument(
         "--port",
         type=at_least(0, maximum=65535, number=int),
         default=port,
-        help="0: any free one; default: %(default)s",
+        help="port; 0 means any free one (default: %(default)s)",
     )
     parser.add_argument(
-        "--max-body", type=at_least(1, number=int), default=1 << 20, help="bytes of a request; default: 1 MiB"
+        "--max-body", type=at_least(1, number=int), default=1 << 20, help="largest request, in bytes (default: 1 MiB)"
     )
     parser.add_argument(
-        "--api-key", default=os.environ.get("API_KEY"), help="that clients have to send (default: $API_KEY, or none)"
+        "--api-key", default=os.environ.get("API_KEY"), help="key that clients must send (default: $API_KEY, or no key)"
     )
     parser.add_argument(
         "--allowed-hosts",
         nargs="+",
         default=[],
         metavar="NAME",
-        help="names by which clients may call this server, besides localhost and IP addresses; '*': any",
+        help="host names that clients may use, besides localhost and IP addresses; '*' allows all",
     )
     parser.add_argument(
-        "--cors", nargs="+", default=[], metavar="ORIGIN", help="web pages that may use this server; '*': any"
+        "--cors",
+        nargs="+",
+        default=[],
+        metavar="ORIGIN",
+        help="origins of web pages that may use this server; '*' allows all",
     )
 
 
 def at_least(minimum: float, above: bool = False, maximum: float = float("inf"), number: type = float):
-    """Returns a type for argparse: a number that is at least, or above, `minimum`, and at most `maximum`."""
+    """Returns a type for argparse: a number of at least (or above) `minimum` and at most `maximum`."""
 
     def parse(text: str):
         value = number(text)
@@ -104,5 +112,5 @@ def at_least(minimum: float, above: bool = False, maximum: float = float("inf"),
             )
         return value
 
-    parse.__name__ = "number"  # argparse says "invalid number value" of what is none
+    parse.__name__ = "number"  # for argparse's message, "invalid number value"
     return parse

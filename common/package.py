@@ -1,4 +1,4 @@
-"""Where this package's own files are, and which of them a checkpoint's folder carries."""
+"""Finds this package's files, and those of them that belong into a checkpoint folder."""
 
 import shutil
 import sys
@@ -13,14 +13,14 @@ DEFAULTS = ("tokenizer_config.json", "generation_config.json", "chat_template.ji
 
 
 def product(name: str):
-    """Returns a class of this package, `module.Class`, whatever code lies in a checkpoint's folder."""
-    from transformers.dynamic_module_utils import get_class_from_dynamic_module  # late, as it takes seconds
+    """Returns a class of this package, `module.Class`, whatever code is in the checkpoint folder."""
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module  # imported late, as it takes seconds
 
     return get_class_from_dynamic_module(name, str(ROOT))
 
 
 def module_of(model, name: str):
-    """Returns the copy of a module of this package, `quantization` say, that a loaded `model` uses."""
+    """Returns the copy of a module of this package, for example `quantization`, that a loaded `model` uses."""
     package = next(c.__module__ for c in type(model).__mro__ if c.__module__.endswith("modeling_chatglm"))
     return sys.modules[f"{package.rpartition('.')[0]}.{name}"]
 

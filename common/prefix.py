@@ -1,4 +1,4 @@
-"""The prefix of P-Tuning v2 in a file of its own, as the published scripts save it. Needs none of what the training does."""
+"""Loads a P-Tuning v2 prefix from its own file, as the published scripts save it. Does not need the packages of the training."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ PREFIX = "transformer.prefix_encoder."
 def load_prefix(model, folder: str):
     """
     Raises:
-        ValueError: if there is no prefix in the folder, or one of another length or model.
+        ValueError: if the folder has no prefix, or one for another length or model.
     """
     path = Path(folder, WEIGHTS_NAME)
     if not path.is_file():

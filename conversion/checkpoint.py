@@ -1,4 +1,4 @@
-"""Checkpoint folders, read tensor by tensor and written the same way."""
+"""Reads and writes checkpoint folders, one tensor at a time."""
 
 import json
 import pickle
@@ -28,7 +28,7 @@ SHARD_BYTES = 2_000_000_000
 
 class Checkpoint:
     """
-    A folder with weights of ChatGLM2, or a name on the Hub, as `.bin` or safetensors, in one file or several.
+    A ChatGLM2 checkpoint in a folder or on the Hub, as `.bin` or safetensors, in one file or several.
 
     Attributes:
         folder: Where the files are.
@@ -37,7 +37,7 @@ class Checkpoint:
         quantized: `{layer: its quantized layer without data}`; empty if the checkpoint is not quantized.
 
     Raises:
-        ValueError: if a file is missing or damaged, or the weights are not those that config.json describes.
+        ValueError: if a file is missing or damaged, or the weights do not match config.json.
     """
 
     def __init__(self, name: str | Path):
@@ -50,15 +50,15 @@ class Checkpoint:
         self.nbytes = sum(tensor.nbytes for tensor in self.names.values())
 
     def tensors(self, doing: str) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yields each (name, tensor), mapped from its file rather than read into memory, with a progress bar."""
+        """Yields each (name, tensor), mapped from its file, with a progress bar."""
         return with_progress(self.files, self.names, doing)
 
     def plain_tensors(self, doing: str) -> Iterator[tuple[str, torch.Tensor]]:
-        """As `tensors`, but quantized weights are dequantized one by one, into the dtype of their scales."""
+        """Like `tensors`, but quantized weights are dequantized one by one, to the dtype of their scales."""
         return self._dequantized(self.tensors(doing))
 
     def plain_names(self) -> dict[str, torch.Tensor]:
-        """What `plain_tensors` yields, in its order, as meta tensors."""
+        """Returns the names and meta tensors of `plain_tensors`, in the same order."""
         return dict(self._dequantized(self.names.items()))
 
     def _dequantized(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -76,16 +76,16 @@ class Checkpoint:
                 quantized.weight = quantized.weight_scale = None
 
     def check_standard(self, target: str):
-        """Raises `ValueError` if the model is a variant of ChatGLM2 that `target` has no words for."""
+        """Raises `ValueError` if the model is a variant of ChatGLM2 that `target` has no equivalent for."""
         standard = dict(
             rmsnorm=True, post_layer_norm=True, add_bias_linear=False, pre_seq_len=None, fp32_residual_connection=False,
             apply_residual_connection_post_layernorm=False,
         )  # fmt: skip
         for name, value in standard.items():
             if (actual := getattr(self.config, name)) != value:
-                raise ValueError(f"{target} has nothing for {name}={actual!r}: only {value!r} can be converted.")
+                raise ValueError(f"{target} has no equivalent for {name}={actual!r}. Only {value!r} can be converted.")
         if not is_language_model(self.config):
-            raise ValueError(f"Only language models become {target}, not {self.config.architectures[0]}.")
+            raise ValueError(f"Only language models can be converted to {target}, not {self.config.architectures[0]}.")
 
 
 def is_language_model(config) -> bool:
@@ -93,18 +93,18 @@ def is_language_model(config) -> bool:
 
 
 def meta_model(config):
-    """Returns the model that `config` describes, without data."""
+    """Returns the model for `config`, without data."""
     name = "ChatGLMForConditionalGeneration" if is_language_model(config) else config.architectures[0]
     try:
         model_class = product(f"modeling_chatglm.{name}")
     except AttributeError:
-        raise ValueError(f"config.json names the architecture {name!r}, which this package does not have.") from None
+        raise ValueError(f"config.json names the architecture {name!r}, which this package does not support.") from None
     with torch.device("meta"):
         return model_class(config)
 
 
 def quantized_layers(model) -> dict[str, torch.nn.Module]:
-    """Puts quantized layers, without data, where config.json says that the checkpoint has them; returns them by name."""
+    """Inserts quantized layers without data where the checkpoint has them by config.json. Returns them by name."""
     options = getattr(model.config, "quantization_config", None)
     if not options:
         return {}
@@ -120,7 +120,7 @@ def quantized_layers(model) -> dict[str, torch.nn.Module]:
 
 
 def read_file(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields each (name, tensor) of a file, mapped into memory; a `.bin` in torch's old format cannot be mapped."""
+    """Yields each (name, tensor) of a file. The file is mapped into memory, unless it is a `.bin` in torch's old format."""
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
@@ -134,16 +134,16 @@ def read_file(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
             f"{path} ({path.stat().st_size:,} bytes) cannot be read: {message}. Download it again."
         ) from error
     if not (isinstance(tensors, Mapping) and all(isinstance(tensor, torch.Tensor) for tensor in tensors.values())):
-        raise ValueError(f"{path} must hold tensors by name, and holds something else: it is not a model's weights.")
+        raise ValueError(f"{path} has no named tensors, so it is not a file of model weights.")
     yield from tensors.items()
 
 
 def check_names(files: list[Path], model) -> dict[str, torch.Tensor]:
     """
-    Returns `{name: meta tensor}` of what the files hold, but for the published `inv_freq`, which is computed.
+    Returns `{name: meta tensor}` for the files, without the published `inv_freq`, which is computed.
 
     Raises:
-        ValueError: if it is not what `model` consists of.
+        ValueError: if names or shapes are not those of `model`.
     """
     found = {name: tensor.to("meta") for path in files for name, tensor in read_file(path)}
     found = {name: tensor for name, tensor in found.items() if not name.endswith("rotary_pos_emb.inv_freq")}
@@ -162,21 +162,21 @@ def check_names(files: list[Path], model) -> dict[str, torch.Tensor]:
     for name, tensor in found.items():
         if tensor.shape != expected[name].shape:
             raise ValueError(
-                f"{name} in {files[0].parent} is {list(tensor.shape)}; by config.json it would be "
+                f"{name} in {files[0].parent} is {list(tensor.shape)}; config.json says "
                 f"{list(expected[name].shape)}. They belong to different models."
             )
     return found
 
 
 def published_name(name: str) -> str:
-    """Returns what a tensor of the model is called in its files."""
+    """Returns the name that a tensor of the model has in files."""
     return re.sub(r"^score\.", "classifier_head.", name)
 
 
 def as_published(tensors: Iterable[tuple[str, torch.Tensor]], config) -> Iterator[tuple[str, torch.Tensor]]:
     """
-    Yields tensors by their published names, and `inv_freq` as `save_pretrained` writes it: nothing reads it, but programs
-    that compare checkpoints (mergekit) expect it.
+    Yields tensors with their published names, and `inv_freq`, as `save_pretrained` does. Nothing reads `inv_freq`, but
+    programs that compare checkpoints (mergekit) expect it.
     """
     dtype = None
     for name, tensor in tensors:
@@ -204,8 +204,8 @@ def with_progress(
 
 def write_package(folder: Path, source: Path, config: dict, settings: tuple[str, ...] = SETTINGS):
     """
-    Writes all of a checkpoint but its weights: this package's code, `config` with the classes that it has, and the
-    tokenizer of `source` with those of its `settings` that there are.
+    Writes everything of a checkpoint except the weights: this package's code, `config` with this package's classes, and the
+    tokenizer of `source` with its `settings`.
 
     Raises:
         ValueError: if `source` has no tokenizer.model.
@@ -221,7 +221,7 @@ def write_package(folder: Path, source: Path, config: dict, settings: tuple[str,
 
 
 def write_weights(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], shard_bytes: int = SHARD_BYTES):
-    """Writes tensors as they come, in files of at most `shard_bytes` (or one tensor), with an index if they are several."""
+    """Writes tensors in the given order, in files of at most `shard_bytes` (or one tensor), with an index if there are several."""
     shards: list[list[str]] = []
     shard: dict[str, torch.Tensor] = {}
     total = 0

@@ -6,7 +6,7 @@ Downloads a checkpoint, checks it, and puts this package's code beside it:
     HF_ENDPOINT=https://MIRROR python -m conversion.download
     python -m conversion.download --model OWNER/NAME --output folder
 
-Interrupted, the same command goes on where it was. Every file is compared with the checksum that the source gives for it.
+After an interruption, the same command continues. Every file is compared with the checksum that the source lists.
 """
 
 import errno
@@ -27,11 +27,11 @@ from . import upgrade
 
 
 PUBLISHED = "THUDM/chatglm2-6b"
-# What repositories of the Hub are called on ModelScope
+# Names on ModelScope of repositories on the Hub
 ON_MODELSCOPE = {PUBLISHED: "ZhipuAI/chatglm2-6b"}
 
 
-AGAIN = "the same command goes on with the rest."
+AGAIN = "run the same command again to continue."
 
 
 class RemoteFile(NamedTuple):
@@ -41,7 +41,7 @@ class RemoteFile(NamedTuple):
 
 
 class Source(NamedTuple):
-    """A repository: its address, its files by name, and what downloads one of them into a folder."""
+    """A repository: its address, its files by name, and a function that downloads one of them into a folder."""
 
     address: str
     files: dict[str, RemoteFile]
@@ -61,7 +61,7 @@ def huggingface(name: str, revision: str | None) -> Source:
     }
 
     def download(file: str, folder: Path):
-        # hf_hub_download begins large files anew after an interruption, since huggingface_hub 2.
+        # Since huggingface_hub 2, hf_hub_download starts large files again after an interruption.
         part = folder / f"{file}.incomplete"
         if part.exists() and part.stat().st_size > files[file].size:
             part.unlink()
@@ -99,7 +99,7 @@ SOURCES = {"huggingface": huggingface, "modelscope": modelscope}
 
 
 def is_right(path: Path, file: RemoteFile) -> bool:
-    """Whether a file has the size and the checksum that its source gives."""
+    """Whether a file has the size and the checksum that its source lists."""
     if not path.is_file() or path.stat().st_size != file.size:
         return False
     if file.sha256:
@@ -113,7 +113,7 @@ def is_right(path: Path, file: RemoteFile) -> bool:
 def download(model: str, output: Path, source: str = "huggingface", revision: str | None = None):
     """
     Raises:
-        ValueError: if there is no such checkpoint, the disk is too small, the source cannot be reached, or what it sent is
+        ValueError: if there is no such checkpoint, the disk is too small, the source cannot be reached, or a file is
             not what it lists. What was received stays in `output`, and is used by the next call.
     """
     repository = open_source(model, source, revision)
@@ -131,7 +131,7 @@ def download(model: str, output: Path, source: str = "huggingface", revision: st
         )
         if left - part_bytes(output) > free:
             raise ValueError(
-                f"{output} has room for {gigabytes(free)}, and {gigabytes(left)} are to be downloaded. Make room, or choose "
+                f"{output} has {gigabytes(free)} free, and {gigabytes(left)} must be downloaded. Make room, or choose "
                 "another --output."
             )
         for name in missing:
@@ -147,10 +147,10 @@ def download(model: str, output: Path, source: str = "huggingface", revision: st
             if not is_right(output / name, files[name]):
                 (output / name).unlink(missing_ok=True)
                 raise ValueError(
-                    f"{name} is not what {repository.address} lists: its size or checksum differs. It was removed; {AGAIN}"
+                    f"{name} differs from what {repository.address} lists, in size or checksum. It was removed; {AGAIN}"
                 )
         upgrade.upgrade(output)
-    print(f"{output} is complete: all checksums are right, and this package's code is beside the weights.")
+    print(f"{output} is complete: all checksums match, and this package's code is beside the weights.")
 
 
 def open_source(model: str, source: str, revision: str | None) -> Source:
@@ -176,7 +176,7 @@ def unreachable(what: str, source: str, error: Exception) -> ValueError:
 
 
 def disk_error(error: BaseException | None) -> OSError | None:
-    """Returns the error of the disk that this one comes from, if it does."""
+    """Returns the disk error that caused this error, if there is one."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in (
             errno.ENOSPC,
@@ -191,7 +191,7 @@ def disk_error(error: BaseException | None) -> OSError | None:
 
 
 def part_bytes(folder: Path) -> int:
-    """How much of unfinished files is in the folder already."""
+    """Returns the number of bytes of unfinished files in the folder."""
     return sum(path.stat().st_size for path in folder.rglob("*.incomplete"))
 
 
@@ -202,9 +202,9 @@ def gigabytes(size: int) -> str:
 def main(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("--model", default=PUBLISHED, help="a name on the Hub, OWNER/NAME (default: %(default)s)")
-    parser.add_argument("--output", type=Path, help="the folder to write (default: checkpoints/NAME)")
+    parser.add_argument("--output", type=Path, help="folder to write to (default: checkpoints/NAME)")
     parser.add_argument("--source", choices=list(SOURCES), default="huggingface", help="default: %(default)s")
-    parser.add_argument("--revision", help="a branch, tag or commit (default: the newest)")
+    parser.add_argument("--revision", help="branch, tag or commit (default: the newest)")
     args = parser.parse_args(argv)
     if args.model.count("/") != 1:
         parser.error(f"--model {args.model}: a name on the Hub is OWNER/NAME")

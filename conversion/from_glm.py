@@ -1,9 +1,9 @@
 """
-Converts a `GlmForCausalLM` checkpoint to ChatGLM2's: what `conversion.to_glm` wrote, also after other software trained it.
+Converts a `GlmForCausalLM` checkpoint back to ChatGLM2: the output of `conversion.to_glm`, also after training it.
 
     python -m conversion.from_glm --model chatglm2-6b-glm --output chatglm2-6b
 
-Needs ChatGLM2's tokenizer.model in the folder, where `conversion.to_glm` put it.
+The folder must have ChatGLM2's tokenizer.model, which `conversion.to_glm` writes.
 """
 
 from common.options import Parser, add_output_option
@@ -17,7 +17,7 @@ def options() -> Parser:
 
 
 if __name__ == "__main__":
-    options().parse_args()  # --help and wrong options are answered before the imports below, which take seconds
+    options().parse_args()  # answers --help and wrong options before the slow imports below
 
 
 from collections.abc import Iterator
@@ -38,10 +38,10 @@ from .checkpoint import as_published, check_names, meta_model, with_progress, wr
 
 def chatglm_config(folder: Path) -> tuple[GlmConfig, dict]:
     """
-    Returns GLM's configuration, and the fields of ChatGLM2's config.json.
+    Returns GLM's configuration, and the fields for ChatGLM2's config.json.
 
     Raises:
-        ValueError: if the folder holds another architecture, or a GLM that ChatGLM2 has no words for.
+        ValueError: if the folder has another architecture, or a GLM that ChatGLM2 has no equivalent for.
     """
     written = read_json(check_folder(folder) / "config.json")
     if written.get("model_type") != "glm":
@@ -53,7 +53,7 @@ def chatglm_config(folder: Path) -> tuple[GlmConfig, dict]:
         ("partial_rotary_factor", rope.pop("partial_rotary_factor", 0.5), 0.5),
     ):
         if value != only:
-            raise ValueError(f"ChatGLM2 has nothing for {name}={value!r}: only {only!r} can be converted.")
+            raise ValueError(f"ChatGLM2 has no equivalent for {name}={value!r}. Only {only!r} can be converted.")
     fields = dict(
         read_json(ROOT / "config.json"),
         add_qkv_bias=config.attention_bias,

@@ -2,12 +2,12 @@
 Assembles the folder of a Hub repository from a checkpoint, checks it, and uploads it:
 
     make hub-repo MODEL=path/to/chatglm2-6b OUTPUT=build/hub/chatglm2-6b
-    make hub-repo OUTPUT=build/hub/chatglm2-6b ARGS="--push NAME/chatglm2-6b"      # what is there, as it is now
+    make hub-repo OUTPUT=build/hub/chatglm2-6b ARGS="--push NAME/chatglm2-6b"      # uploads the existing folder
 
-The folder gets this package's code, the checkpoint's configuration and tokenizer, its weights as links, and a model card: the
-checkpoint's README.md if that names a licence, or else a new one. It is checked by loading it and answering a prompt in a process of its own, offline, that
-sees only the packages that setup.cfg declares. What fails is not pushed. A repository that is new on the Hub is private at
-first; log in by `hf auth login`.
+The folder gets this package's code, the checkpoint's configuration and tokenizer, links to its weights, and a model card: the
+checkpoint's README.md if it names a licence, otherwise a new one. Then it is tested: a separate process, offline and with only the
+packages that setup.cfg declares, must load it and answer a prompt. A folder that fails is not uploaded. A new repository on the
+Hub is private at first. Log in with `hf auth login`.
 """
 
 from pathlib import Path
@@ -18,15 +18,15 @@ from common.options import Parser
 def options() -> Parser:
     parser = Parser(__doc__)
     parser.add_argument(
-        "--model", help="a checkpoint folder, or OWNER/NAME on the Hub; without, --output is there already"
+        "--model", help="checkpoint folder, or OWNER/NAME on the Hub (default: --output exists already)"
     )
-    parser.add_argument("--output", type=Path, required=True, help="the folder of the repository")
-    parser.add_argument("--push", metavar="REPOSITORY", help="NAME/MODEL on the Hub")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the repository")
+    parser.add_argument("--push", metavar="REPOSITORY", help="upload to this repository, OWNER/NAME on the Hub")
     return parser
 
 
 if __name__ == "__main__":
-    options().parse_args()  # --help and wrong options are answered before the imports below, which take seconds
+    options().parse_args()  # answers --help and wrong options before the slow imports below
 
 
 import configparser
@@ -78,10 +78,10 @@ sys.stdout.buffer.write(answer.encode())
 
 def assemble(weights: Path, output: Path, repository: str | None = None):
     """
-    Writes the folder, with the weights as links: hard ones, or symbolic ones to another disk.
+    Writes the folder, with hard links to the weights, or symbolic links if they are on another disk.
 
     Raises:
-        ValueError: if the checkpoint is incomplete or damaged, or `output` is there already.
+        ValueError: if the checkpoint is incomplete or damaged, or `output` exists already.
     """
     checkpoint = Checkpoint(weights)
     with new_folder(output) as folder:
@@ -96,7 +96,7 @@ def assemble(weights: Path, output: Path, repository: str | None = None):
             )
         )
         card = load_card(weights / "README.md")
-        if card is None or not card.data.license:  # as the published one, which is of older code
+        if card is None or not card.data.license:  # like the published card, which is about older code
             card = new_card(checkpoint, repository or output.name)
         card.save(folder / "README.md")
         copy_linked(card.text, weights, folder)
@@ -107,12 +107,12 @@ def load_card(path: Path) -> ModelCard | None:
         return ModelCard.load(path) if path.exists() else None
     except yaml.YAMLError as error:
         raise ValueError(
-            f"The header of {path} is not YAML: {error}. Mend it, or remove the file for a new one."
+            f"The header of {path} is not YAML: {error}. Correct it, or remove the file to get a new one."
         ) from error
 
 
 def copy_linked(text: str, source: Path, folder: Path):
-    """Copies the files that a card or a page shows or links to, and says which are not there."""
+    """Copies the files that a card or a page shows or links to, and reports missing ones."""
     for name in re.findall(r"\]\(([^)\s#:]+)\)", text):
         path = source / name
         if not path.resolve().is_relative_to(source.resolve()) or not path.is_file():
@@ -132,7 +132,7 @@ def link(source: Path, target: Path):
 
 
 def new_card(checkpoint: Checkpoint, repository: str) -> ModelCard:
-    """Returns a card with what the checkpoint says of itself, under the licence of the published weights."""
+    """Returns a card with the checkpoint's sizes and the licence of the published weights."""
     config = checkpoint.config
     plain = checkpoint.plain_names()
     quantization = f"INT{config.quantization_bit} and " if config.quantization_bit else ""
@@ -167,14 +167,14 @@ def new_card(checkpoint: Checkpoint, repository: str) -> ModelCard:
 
 
 def declared_requirements() -> list[str]:
-    """What setup.cfg says that the package needs."""
+    """Returns the requirements that setup.cfg declares."""
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
     return setup["options"]["install_requires"].split("\n")[1:]
 
 
 def needed_distributions(requirements: list[str]) -> Iterator[importlib.metadata.Distribution]:
-    """Yields what is installed of the requirements, and of theirs."""
+    """Yields the installed distributions of the requirements, and of their requirements."""
     seen, waiting = set(), [Requirement(text) for text in requirements]
     while waiting:
         requirement = waiting.pop()
@@ -186,7 +186,9 @@ def needed_distributions(requirements: list[str]) -> Iterator[importlib.metadata
             try:
                 distribution = importlib.metadata.distribution(requirement.name)
             except importlib.metadata.PackageNotFoundError:
-                raise ValueError(f"{requirement} is not installed; setup.cfg declares it. pip install -e .") from None
+                raise ValueError(
+                    f"{requirement} is not installed, but setup.cfg requires it. Run pip install -e ."
+                ) from None
             yield distribution
             for text in distribution.requires or ():
                 child = Requirement(text)
@@ -197,10 +199,10 @@ def needed_distributions(requirements: list[str]) -> Iterator[importlib.metadata
 
 def validate(folder: Path) -> str:
     """
-    Loads the folder in a clean process, and returns its answer to a greeting.
+    Loads the folder in a separate, clean process, and returns its answer to a greeting.
 
     Raises:
-        ValueError: with what went wrong there.
+        ValueError: if that fails, with the reason.
     """
     check_folder(folder)
     with tempfile.TemporaryDirectory() as work:
@@ -225,7 +227,7 @@ def validate(folder: Path) -> str:
 
 
 def push(folder: Path, repository: str) -> str:
-    """Uploads the folder, the files behind its links among it; returns the address of the commit."""
+    """Uploads the folder, with the files behind its links. Returns the address of the commit."""
     api = HfApi()
     try:
         api.create_repo(repository, private=True, exist_ok=True)
@@ -234,9 +236,9 @@ def push(folder: Path, repository: str) -> str:
         ).commit_url
     except HfHubHTTPError as error:
         raise ValueError(f"{repository}: {error}. Is it yours, and are you logged in (hf auth login)?") from error
-    except Exception as error:  # of the HTTP library, which is another from one release of huggingface_hub to the next
+    except Exception as error:  # of the HTTP library, which depends on the release of huggingface_hub
         raise ValueError(
-            f"{repository}: the Hub cannot be reached ({error}). Nothing is lost: push the folder again."
+            f"{repository}: the Hub cannot be reached ({error}). The folder is complete: run the same command again without --model."
         ) from error
 
 

@@ -1,11 +1,12 @@
 """
-Merges LoRA adapters, as `training.lora` or PEFT saved them, into the weights: a checkpoint that needs no PEFT.
+Merges LoRA adapters into the weights, for a checkpoint that does not need PEFT:
 
     python -m conversion.merge_lora --adapter output --output chatglm2-6b-tuned
     python -m conversion.merge_lora --adapter output --model path/to/chatglm2-6b --output chatglm2-6b-tuned
 
-Without `--model`, the model that the adapters were trained on, whose path is in adapter_config.json. A quantized one is
-dequantized: adapters fit the weights that they were trained over. Needs the package `peft`, and memory for the model.
+The adapters are those of `training.lora` or of PEFT's `save_pretrained`. Without `--model`, the base model is the one in
+adapter_config.json. If it is quantized, it is dequantized first, because the adapters were trained on its values. Needs the
+package `peft`, and memory for the model.
 """
 
 from pathlib import Path
@@ -15,14 +16,17 @@ from common.options import Parser, add_output_option
 
 def options() -> Parser:
     parser = Parser(__doc__)
-    parser.add_argument("--adapter", type=Path, required=True, help="the folder of the adapters")
-    parser.add_argument("--model", help="the checkpoint that they belong to: a folder, or OWNER/NAME on the Hub")
+    parser.add_argument("--adapter", type=Path, required=True, help="folder of the adapters")
+    parser.add_argument(
+        "--model",
+        help="base model: checkpoint folder, or OWNER/NAME on the Hub (default: the one in adapter_config.json)",
+    )
     add_output_option(parser)
     return parser
 
 
 if __name__ == "__main__":
-    options().parse_args()  # --help and wrong options are answered before the imports below, which take seconds
+    options().parse_args()  # answers --help and wrong options before the slow imports below
 
 
 from peft import PeftConfig, PeftModel
@@ -40,7 +44,7 @@ ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 
 def convert(adapter: Path, output: Path, model: str | Path | None = None):
     if not (check_folder(adapter) / "adapter_config.json").exists():
-        raise ValueError(f"{adapter} has no adapter_config.json: give the folder that PEFT saved adapters to.")
+        raise ValueError(f"{adapter} has no adapter_config.json. Pass a folder with adapters that PEFT saved.")
     if not any((adapter / name).exists() for name in ADAPTERS):
         raise ValueError(f"{adapter} has no {' or '.join(ADAPTERS)}: the adapters themselves are missing.")
     try:
@@ -49,10 +53,10 @@ def convert(adapter: Path, output: Path, model: str | Path | None = None):
         raise ValueError(f"{adapter / 'adapter_config.json'} cannot be read by this PEFT: {error!r}") from error
     if config.is_prompt_learning:
         raise ValueError(
-            f"{adapter} holds a {config.peft_type.value}, which is no change of weights and cannot be merged."
+            f"{adapter} holds a {config.peft_type.value}, which does not change weights and cannot be merged."
         )
     if model is None and not config.base_model_name_or_path:
-        raise ValueError(f"{adapter} does not say what model it is for: give it with --model.")
+        raise ValueError(f"{adapter} does not name its base model. Pass it with --model.")
     model = model or config.base_model_name_or_path
     checkpoint = Checkpoint(model)
     model = checkpoint.folder

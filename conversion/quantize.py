@@ -1,10 +1,10 @@
 """
-Writes a checkpoint in INT4 or INT8 (docs/quantize.md), in the published format unless an option says otherwise:
+Writes a checkpoint in INT4 or INT8, in the published format unless --group-size is given (see docs/quantize.md):
 
     python -m conversion.quantize --model path/to/chatglm2-6b --output chatglm2-6b-int4
-    python -m conversion.quantize ... --calibration dialogues.txt     # rounds for the kind of text in there
+    python -m conversion.quantize ... --calibration dialogues.txt     # better quality for this kind of text
 
-One tensor is in memory at a time; with a calibration text, which the layers have to compute, the whole model is.
+Only one tensor is in memory at a time. With a calibration text, the whole model is.
 """
 
 from pathlib import Path
@@ -17,18 +17,25 @@ def options() -> Parser:
     add_model_option(parser)
     add_output_option(parser)
     parser.add_argument("--quantization", choices=list(QUANTIZATIONS), default="int4", help="default: %(default)s")
-    parser.add_argument("--calibration", type=Path, help="a text in UTF-8 of the kind that the model is for")
-    parser.add_argument("--scale-search", action="store_true", help="scales with the least squared error")
+    parser.add_argument("--calibration", type=Path, help="UTF-8 text of the kind that the model will be used for")
     parser.add_argument(
-        "--group-size", type=int, choices=[32, 64, 128], help="columns a scale; this package's own format"
+        "--scale-search", action="store_true", help="search for the scales with the least squared error"
     )
-    parser.add_argument("--quantize-embeddings", action="store_true", help="embedding and output layer in INT8")
-    parser.add_argument("--modules-to-not-convert", nargs="+", metavar="NAME", help="layers to leave as they are")
+    parser.add_argument(
+        "--group-size",
+        type=int,
+        choices=[32, 64, 128],
+        help="columns that share a scale; only this package can read the result",
+    )
+    parser.add_argument(
+        "--quantize-embeddings", action="store_true", help="store embedding and output layer in INT8, too"
+    )
+    parser.add_argument("--modules-to-not-convert", nargs="+", metavar="NAME", help="layers that are not quantized")
     return parser
 
 
 if __name__ == "__main__":
-    options().parse_args()  # --help and wrong options are answered before the imports below, which take seconds
+    options().parse_args()  # answers --help and wrong options before the slow imports below
 
 
 from collections.abc import Iterator
@@ -42,7 +49,7 @@ from common.package import module_of, product
 from .checkpoint import Checkpoint, as_published, meta_model, write_package, write_weights
 
 
-# Of the calibration text so much is used: what docs/quantize.md asks for
+# How much of the calibration text is used: the amount that docs/quantize.md asks for
 ROWS, ROW_TOKENS = 32, 512
 
 
@@ -62,7 +69,7 @@ def quantized_tensors(checkpoint: Checkpoint, layers: dict, scale_search: bool) 
 
 def calibration_ids(path: Path, tokenizer) -> list[torch.LongTensor]:
     """
-    Returns the beginning of a text as rows of ids, each `[1, seq]`, with the prefix that prompts have.
+    Returns the beginning of a text as rows of ids, each `[1, seq]`, with the prefix of prompts.
 
     Raises:
         ValueError: if the text is missing, empty or not UTF-8.
@@ -75,7 +82,7 @@ def calibration_ids(path: Path, tokenizer) -> list[torch.LongTensor]:
         raise ValueError(f"{path} is not UTF-8 ({error}). Convert it, or give another --calibration.") from None
     ids = tokenizer.encode(text, add_special_tokens=False)
     if not text.strip():
-        raise ValueError(f"{path} (--calibration) is empty. Give a text of some 16,000 tokens.")
+        raise ValueError(f"{path} (--calibration) is empty. Pass a text of about 16,000 tokens.")
     prefix = tokenizer.get_prefix_tokens()
     step = ROW_TOKENS - len(prefix)
     rows = [prefix + ids[start : start + step] for start in range(0, len(ids), step)][:ROWS]
@@ -86,12 +93,12 @@ def calibration_ids(path: Path, tokenizer) -> list[torch.LongTensor]:
 def convert(model: str | Path, output: Path, bits: int, calibration: Path | None = None, **options):
     """
     Args:
-        options: Those of `ChatGLMQuantizationConfig`.
+        options: Options of `ChatGLMQuantizationConfig`.
     """
     checkpoint = Checkpoint(model)
     model = checkpoint.folder
     if checkpoint.quantized:
-        raise ValueError(f"{model} is quantized already. Give the checkpoint that it was made from.")
+        raise ValueError(f"{model} is quantized already. Pass the checkpoint that it was made from.")
     empty = meta_model(checkpoint.config)
     formats = module_of(empty, "quantization")
     config = formats.ChatGLMQuantizationConfig(bits=bits, **options)

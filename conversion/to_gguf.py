@@ -3,9 +3,9 @@ Converts a checkpoint to a GGUF file for llama.cpp, with its tokenizer and chat 
 
     python -m conversion.to_gguf --model path/to/chatglm2-6b --output chatglm2-6b-q4_0.gguf --type q4_0
 
-Types: f16, q8_0 and q4_0. In q4_0, embedding and output layer are q8_0. Vectors are float32. A weight whose columns are no
-multiple of 32 stays f16. Quantized checkpoints are dequantized first. Needs the package `gguf`. One tensor is in memory at
-a time.
+Types: f16, q8_0 and q4_0. In q4_0, embedding and output layer are q8_0. Vectors are float32. A weight stays f16 if its number of
+columns is not a multiple of 32. Quantized checkpoints are dequantized first. Only one tensor is in memory at a time. Needs the
+package `gguf`.
 
 The format is that of llama.cpp's architecture `chatglm` (its conversion/chatglm.py), with SentencePiece's vocabulary. As in
 `conversion.to_glm`, the tokens `sop` and `eop` are called `<sop>` and `<eop>`: llama.cpp finds special tokens inside words.
@@ -26,7 +26,7 @@ def options() -> Parser:
 
 
 if __name__ == "__main__":
-    options().parse_args()  # --help and wrong options are answered before the imports below, which take seconds
+    options().parse_args()  # answers --help and wrong options before the slow imports below
 
 
 import re
@@ -46,7 +46,7 @@ from .to_glm import RENAMED_TOKENS, rename_prompt_tokens
 
 
 def write_architecture(writer: gguf.GGUFWriter, config):
-    """Writes the sizes of the network. Raises `ValueError` if llama.cpp would compute something else."""
+    """Writes the sizes of the network. Raises `ValueError` if llama.cpp would compute different results."""
     if config.hidden_size != config.num_attention_heads * config.kv_channels:
         raise ValueError(
             f"llama.cpp computes heads of hidden_size / num_attention_heads ({config.hidden_size} / "
@@ -99,7 +99,7 @@ def write_vocabulary(writer: gguf.GGUFWriter, tokenizer, config):
     writer.add_pad_token_id(tokenizer.pad_token_id)
     writer.add_add_bos_token(False)
     writer.add_add_space_prefix(True)
-    # Transformers' marks of what is generated are unknown to other readers of templates.
+    # Other programs do not know Transformers' marks around generated text.
     template = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "{#- -#}", tokenizer.chat_template)
     writer.add_chat_template(rename_prompt_tokens(template))
 
@@ -156,7 +156,7 @@ def convert(model: str | Path, output: Path, kind: str = "f16"):
             writer.write_tensor_data(gguf.quants.quantize(tensor.numpy(), kinds[name]))
         writer.close()
     if unaligned := [name for name, dtype in kinds.items() if dtype.name == "F16" and kind != "f16"]:
-        print(f"{len(unaligned)} of {len(kinds)} tensors stay f16: their columns are no multiple of 32.")
+        print(f"{len(unaligned)} of {len(kinds)} tensors stay f16: their number of columns is not a multiple of 32.")
 
 
 def main(argv=None):

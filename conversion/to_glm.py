@@ -1,13 +1,13 @@
 """
-Converts a checkpoint to `GlmForCausalLM`, the architecture of Transformers itself, for all software that knows that one:
+Converts a checkpoint to `GlmForCausalLM`, which is built into Transformers and supported by many programs:
 
     python -m conversion.to_glm --model path/to/chatglm2-6b --output chatglm2-6b-glm
 
-The output loads without trust_remote_code, as model (`AutoModelForCausalLM`), tokenizer and chat template. The weights are the
-same numbers under other names; `conversion.from_glm` gives the same bytes back. Quantized weights are dequantized.
+The output loads without trust_remote_code: model (`AutoModelForCausalLM`), tokenizer and chat template. The weights have other
+names and the same values; `conversion.from_glm` restores them bit for bit. Quantized weights are dequantized.
 
-The tokens `sop` and `eop` are called `<sop>` and `<eop>` there, as in GLM-4: this tokenizer reads special tokens from text,
-and would find the former in "sophisticated".
+The tokens `sop` and `eop` are called `<sop>` and `<eop>` there, as in GLM-4: the library's tokenizer finds special tokens in text,
+and would find `sop` in "sophisticated".
 """
 
 from common.options import Parser, add_model_option, add_output_option
@@ -21,7 +21,7 @@ def options() -> Parser:
 
 
 if __name__ == "__main__":
-    options().parse_args()  # --help and wrong options are answered before the imports below, which take seconds
+    options().parse_args()  # answers --help and wrong options before the slow imports below
 
 
 import json
@@ -44,12 +44,12 @@ RENAMED_TOKENS = {"sop": "<sop>", "eop": "<eop>"}
 
 
 def rename_prompt_tokens(template: str) -> str:
-    """Returns the chat template with the renamed tokens in the prefix that it writes."""
+    """Returns the chat template with the renamed tokens in its prefix."""
     return template.replace("[gMASK]sop", "[gMASK]" + RENAMED_TOKENS["sop"])
 
 
 def native_tokenizer(tokenizer) -> PreTrainedTokenizerFast:
-    """Returns the tokenizer without this package's class: the same ids for texts that name no special token."""
+    """Returns a tokenizer of the library's class, with the same ids for texts without special tokens."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     for token in backend["added_tokens"]:
         token["content"] = RENAMED_TOKENS.get(token["content"], token["content"])

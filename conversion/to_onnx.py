@@ -1,12 +1,12 @@
 """
-Exports a checkpoint to ONNX, for ONNX Runtime and what reads its files:
+Exports a checkpoint to ONNX, for ONNX Runtime, OpenVINO and other programs:
 
     python -m conversion.to_onnx --model path/to/chatglm2-6b --output chatglm2-6b-onnx
 
-One graph computes a step of any number of tokens after any number of cached ones, for any batch. Inputs: `input_ids` and
+One graph computes a step with any number of tokens, after any number of cached tokens, for any batch size. Inputs: `input_ids` and
 `position_ids`, `[batch, seq]`; `attention_mask`, `[batch, past + seq]`; `past_key_values.N.key` and `.value` for each layer,
 `[batch, groups, past, head_dim]`, where past is 0 at first. Outputs: `logits`, `[batch, seq, vocab]`; `present.N.key` and
-`.value`, the next step's past. All is in float32. Needs `onnx` and `onnxscript`, and memory for the model.
+`.value`, the next step's past. Everything is in float32. Needs `onnx` and `onnxscript`, and memory for the model.
 """
 
 from common.options import Parser, add_model_option, add_output_option
@@ -20,7 +20,7 @@ def options() -> Parser:
 
 
 if __name__ == "__main__":
-    options().parse_args()  # --help and wrong options are answered before the imports below, which take seconds
+    options().parse_args()  # answers --help and wrong options before the slow imports below
 
 
 import shutil
@@ -37,7 +37,7 @@ from .checkpoint import SETTINGS, Checkpoint, is_language_model, meta_model
 
 
 class Step(torch.nn.Module):
-    """A forward of the model whose cache goes in and out as tensors."""
+    """A forward pass whose KV cache is a list of tensors, as input and as output."""
 
     def __init__(self, model):
         super().__init__()
@@ -54,7 +54,7 @@ class Step(torch.nn.Module):
 def export(model, path: Path):
     """Writes the graph, and its weights beside it."""
     config = model.config
-    # An example; what varies is named below.
+    # Example inputs; the dimensions that vary are named below.
     batch, past, length = 2, 5, 3
     shape = (batch, config.num_key_value_heads, past, config.kv_channels)
     ids = torch.ones(batch, length, dtype=torch.long)

@@ -3,8 +3,8 @@ Rewrites a checkpoint's `.bin` files as safetensors, tensor by tensor: the model
 
     python -m conversion.to_safetensors --model path/to/chatglm2-6b --output chatglm2-6b-safetensors
 
-The values are the same to the bit; `inv_freq`, which nothing reads, is computed. The output is a whole checkpoint, with this
-package's code. Quantized checkpoints are taken too.
+The values are the same bit for bit, except `inv_freq`, which is computed and which nothing reads. The output is a complete
+checkpoint with this package's code. Quantized checkpoints work, too.
 """
 
 from common.options import Parser, add_model_option, add_output_option
@@ -18,7 +18,7 @@ def options() -> Parser:
 
 
 if __name__ == "__main__":
-    options().parse_args()  # --help and wrong options are answered before the imports below, which take seconds
+    options().parse_args()  # answers --help and wrong options before the slow imports below
 
 
 from pathlib import Path

@@ -1,11 +1,11 @@
 """
-Puts this package's code into an existing checkpoint folder, so that `from_pretrained` runs it, and takes it out again:
+Copies this package's code into an existing checkpoint folder, so that `from_pretrained` runs it, or undoes that:
 
     python -m conversion.upgrade "path/to/chatglm2-6b"
     python -m conversion.upgrade "path/to/chatglm2-6b" --undo
 
-Each file that is replaced is kept beside the new one, as NAME.old. Weights, tokenizer.model and all other files stay. The
-folder may be one of the Hub's cache, whose files are links: links are replaced, not written through.
+Replaced files are kept as NAME.old. Weights, tokenizer.model and all other files are not changed. The folder may be in the Hub's
+cache, where files are links: the links are replaced, and the files behind them are not changed.
 """
 
 import hashlib
@@ -26,8 +26,8 @@ OLD = ".old"
 
 def new_files(folder: Path) -> dict[str, bytes]:
     """
-    Returns `{name: content}` of the files that the folder needs: the code, the chat template, small files that it lacks, and
-    its configurations where they name other classes (`OWNER/NAME--modeling_chatglm...` takes the code from the Hub).
+    Returns `{name: content}` of the files to write: the code, the chat template, small files that are missing, and
+    configurations that name other classes (`OWNER/NAME--modeling_chatglm...` takes the code from the Hub).
     """
     names = [path.name for pattern in (*CODE, "chat_template.jinja") for path in sorted(ROOT.glob(pattern))]
     files = {name: (ROOT / name).read_bytes() for name in names}
@@ -42,16 +42,16 @@ def new_files(folder: Path) -> dict[str, bytes]:
 
 
 def is_link_text(path: Path) -> bool:
-    """Whether a file holds the target of a symbolic link, as Git writes it where links are switched off (Windows)."""
+    """Whether a file is a symbolic link that Git wrote as text, as it does where links are switched off (Windows)."""
     return path.is_file() and path.stat().st_size < 100 and path.read_bytes().startswith(b"../")
 
 
 def upgrade(folder: Path) -> tuple[list[str], list[str]]:
     """
-    Returns the names of the files that were written, and of those that are kept as NAME.old.
+    Returns the names of the files that were written, and of those that were kept as NAME.old.
 
     Raises:
-        ValueError: if the folder holds no ChatGLM2, or a file was changed since the last upgrade. Nothing is written then.
+        ValueError: if the folder has no ChatGLM2, or a file was changed since the last upgrade. Nothing is written then.
         OSError: if the folder cannot be written. What was done is undone.
     """
     check_is_chatglm2(folder)
@@ -65,11 +65,11 @@ def upgrade(folder: Path) -> tuple[list[str], list[str]]:
     kept = [name for name in sorted({*files, *old_code} - record["written"].keys()) if os.path.lexists(folder / name)]
     for name in kept:
         if os.path.lexists(folder / (name + OLD)):
-            raise ValueError(f"{folder / (name + OLD)} is there already, of something else. Move it away first.")
+            raise ValueError(f"{folder / (name + OLD)} exists already, and not from an upgrade. Move it away first.")
     written = {name: value for name, value in record["written"].items() if name not in old_code}
     written.update((name, sha256(data)) for name, data in files.items())
     try:
-        # First, so that what is written down but not done can be undone too
+        # Written first, so that an interrupted upgrade can be undone
         write_json(folder / RECORD, {"written": written, "kept": sorted({*record["kept"], *kept})})
         for name in kept:
             (folder / name).rename(folder / (name + OLD))
@@ -86,7 +86,7 @@ def upgrade(folder: Path) -> tuple[list[str], list[str]]:
 
 def undo(folder: Path) -> list[str]:
     """
-    Removes what `upgrade` wrote and puts the old files back. Returns their names.
+    Removes the files that `upgrade` wrote and restores the old ones. Returns their names.
 
     Raises:
         ValueError: if there was no upgrade, or a file was changed since. Nothing is changed then.
@@ -118,7 +118,7 @@ def check_is_chatglm2(folder: Path):
 
 
 def check_unchanged(folder: Path, record: dict):
-    """Raises ValueError if a file that an upgrade wrote was changed since: it would be lost."""
+    """Raises ValueError if a file that an upgrade wrote was changed since, because the change would be lost."""
     for name, value in record["written"].items():
         replaced = name not in record["kept"] or os.path.lexists(folder / (name + OLD))
         if replaced and digest(folder / name) not in (value, None):
@@ -142,12 +142,12 @@ def sha256(data: bytes) -> str:
 def main(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("folder", type=Path, help="a checkpoint folder")
-    parser.add_argument("--undo", action="store_true", help="remove this package's code and put the old files back")
+    parser.add_argument("--undo", action="store_true", help="remove this package's code and restore the old files")
     args = parser.parse_args(argv)
     with plain_errors("conversion"):
         if args.undo:
             back = undo(args.folder)
-            print(f"{args.folder} is as it was before the upgrade: {len(back)} old files are back.")
+            print(f"{args.folder} is as it was before the upgrade: {len(back)} old files were restored.")
             return
         written, kept = upgrade(args.folder)
         if not written and not kept:

@@ -1,8 +1,8 @@
 """
-What a model's text answers, read as a person would: a number, one of several choices, or a phrase.
+Finds the answer in a model's text, as a human reader would: a number, one of several choices, or a phrase.
 
-Full-width digits, letters and punctuation are read like others (Unicode's NFKC). What the text says last counts, as people
-correct themselves; what it says after words like "the answer is" counts more than what stands elsewhere.
+Full-width digits, letters and punctuation are read like ordinary ones (Unicode's NFKC). The last answer in the text counts, as
+models correct themselves. An answer after words like "the answer is" counts more than others.
 """
 
 import re
@@ -10,7 +10,7 @@ import unicodedata
 from fractions import Fraction
 
 
-# After these comes the answer. The last of them counts.
+# The answer comes after these. The last one counts.
 ANSWER = (
     r"\\boxed\s*\{"
     r"|####"
@@ -61,7 +61,7 @@ PAIRS = ({"yes", "no"}, {"true", "false"}, {"valid", "invalid"})
 
 
 def normalized(text: str) -> str:
-    """NFKC, with one sort of minus, and without Markdown's and LaTeX's decoration."""
+    """Returns the text in NFKC, with one kind of minus sign, and without the markup of Markdown and LaTeX."""
     text = unicodedata.normalize("NFKC", text).replace("−", "-").replace("–", "-")
     text = re.sub(r"\\(?:text|mathrm|mathbf|textbf)\s*\{([^{}]*)\}", r"\1", text)
     text = re.sub(r"\\[,;!$%]|\\left|\\right", lambda m: m[0][1:] if m[0][1:] in ("$", "%") else "", text)
@@ -69,7 +69,7 @@ def normalized(text: str) -> str:
 
 
 def after_mark(text: str) -> str | None:
-    """What stands after the last mark that something follows, up to the end of that line; None without a mark."""
+    """Returns the rest of the line after the last mark that is followed by text, or None without a mark."""
     for mark in reversed(list(MARK.finditer(text))):
         rest = text[mark.end() :].lstrip(" \t\n:\"'“”")
         if rest:
@@ -86,7 +86,7 @@ def first_sentence(text: str) -> str:
 
 
 def numbers(text: str) -> list[Fraction]:
-    """All numbers in a normalized text, in their order."""
+    """Returns all numbers in a normalized text, in their order."""
     found = []
     for match in NUMBER.finditer(text):
         if match["top"]:
@@ -106,7 +106,7 @@ def numbers(text: str) -> list[Fraction]:
 
 
 def number_in_words(text: str) -> Fraction | None:
-    """The number that a text begins with in words, up to some ten thousands: `eighteen`, `一百二十`."""
+    """Returns the number in words that a text begins with, up to some ten thousands: `eighteen`, `一百二十`."""
     match = NUMBER_WORDS.match(text)
     total, current = 0, 0
     for word in re.findall(NUMBER_WORD, match[0] if match else "", re.IGNORECASE):
@@ -120,7 +120,7 @@ def number_in_words(text: str) -> Fraction | None:
 
 def number(text: str) -> Fraction | None:
     """
-    The number that a text answers with, or None.
+    Returns the number that a text gives as its answer, or None.
 
     After a mark it is the first (`The answer is 18 dollars, not 20`), the result of an equation (`5 + 3 = 8`), or, if that is
     a sentence that does not begin with a number, its last; without a mark, the last of all.
@@ -144,7 +144,7 @@ def number(text: str) -> Fraction | None:
 
 def choice(text: str, last: str = "D") -> str | None:
     """
-    The letter from A to `last` that a text chooses, or None if it names none, or several without choosing.
+    Returns the letter from A to `last` that a text chooses, or None if it names none or several.
 
     A letter counts after a mark, at the beginning (`C. because ...`), or if it is the only one.
     """
@@ -169,7 +169,7 @@ def choice(text: str, last: str = "D") -> str | None:
 
 
 def one_of(text: str, pair: set[str]) -> str | None:
-    """Which of two words, such as yes and no, a text answers with: after a mark, at the beginning, or else the last."""
+    """Returns which of two words, such as yes and no, is the answer: after a mark, at the beginning, or else the last one."""
     text = normalized(text).strip().casefold()
 
     def members(part: str) -> list[str]:
@@ -189,7 +189,7 @@ def one_of(text: str, pair: set[str]) -> str | None:
 
 
 def phrase(text: str) -> str:
-    """The words that a text answers with, in small letters, single spaces and without final punctuation."""
+    """Returns the answer in words: lower case, single spaces, no final punctuation."""
     text = normalized(text)
     answer = after_mark(text)
     if answer is None:
@@ -228,5 +228,5 @@ def words_of(text: str) -> list[str]:
 
 
 def same(text: str, target: str) -> bool:
-    """Whether a text gives the right answer, `target`."""
+    """Whether the answer in a text is the right one, `target`."""
     return read(text, target) is not None and read(text, target) == read("answer: " + target, target)

@@ -1,5 +1,5 @@
 """
-The questions: from a folder, or from the Hub. Whatever their format, a row comes out in one form, and is checked.
+Reads the questions from a folder or from the Hub, checks them, and returns rows in one format.
 
 | suite | in the folder | on the Hub |
 |---|---|---|
@@ -36,11 +36,11 @@ def load(
     Args:
         data: The folder; the Hub if None.
         file: For gsm8k_zh and perplexity, a file instead of either.
-        protocol: What is asked for: a base model's prompts are not made of the texts for the chat model.
+        protocol: "chat" or "base". The published script's texts are for the chat model only.
 
     Raises:
         FileNotFoundError: if a file is missing.
-        ValueError: if it is not UTF-8, has other columns, an answer that there is not, or not the published number of
+        ValueError: if it is not UTF-8, or has other columns, an impossible answer, or not the published number of
             questions.
     """
     folder = Path(data) if data else None
@@ -64,12 +64,12 @@ def load(
     else:
         rows = {"test": [{"text": text(subject, folder, file)}]}
     if not rows["test"]:
-        raise ValueError(f"{file or folder} holds no question of {suite}.")
+        raise ValueError(f"{file or folder} has no questions of {suite}.")
     return {name: Dataset.from_list(split) for name, split in rows.items() if split}
 
 
 def choices(suite: str, subject: str, split: str, folder: Path | None) -> list[dict]:
-    """Rows of `question`, `choices` (four), `answer` (0 to 3) and `query`, the published script's whole text if that is."""
+    """Returns rows of `question`, `choices` (four), `answer` (0 to 3) and `query` (the published script's text, if used)."""
     if folder is None:
         name = {"mmlu": "cais/mmlu", "ceval": "ceval/ceval-exam"}[suite]
         rows, where = from_hub(name, subject, split), f"{name} {subject}"
@@ -79,7 +79,7 @@ def choices(suite: str, subject: str, split: str, folder: Path | None) -> list[d
         if scripted:
             rows, where = read_jsonl(scripted[0], ["inputs_pretokenized", "label"]), str(scripted[0])
         elif suite == "ceval" and split == "dev" and not path.exists() and any(folder.glob("ceval/val/**/*.jsonl")):
-            return []  # the script's folder has no examples, and the chat model needs none
+            return []  # the script's folder has no examples, which the chat model does not need
         else:
             rows, where = read_choices(path), str(path)
     return [to_choice(row, f"{where}, question {i}") for i, row in enumerate(rows, start=1)]
@@ -92,18 +92,20 @@ def to_choice(row: dict, where: str) -> dict:
     answer = row.get("answer", row.get("label"))
     number = ANSWERS.get(str(answer).strip())
     if number is None:
-        raise ValueError(f"{where}: the answer is {answer!r}, and must be one of A, B, C, D or 0 to 3. Mend the file.")
+        raise ValueError(
+            f"{where}: the answer is {answer!r}, but it must be one of A, B, C, D or 0 to 3. Correct the file."
+        )
     if "inputs_pretokenized" in row:
         return {"question": "", "choices": [], "answer": number, "query": row["inputs_pretokenized"]}
     options = row.get("choices") or [row.get(f"choice{i}", row.get(letter)) for i, letter in enumerate(LETTERS)]
     texts = [row["question"].strip(), *map(str, options)]
     if len(texts) != 5 or not all(text.strip() for text in texts):
-        raise ValueError(f"{where}: the question or one of its four choices is empty. Mend the file.")
+        raise ValueError(f"{where}: the question or one of its four choices is empty. Correct the file.")
     return {"question": texts[0], "choices": texts[1:], "answer": number, "query": ""}
 
 
 def read_choices(path: Path) -> list[dict]:
-    """Rows of a CSV with a header, or of MMLU's first release, which has none: question, four choices, letter."""
+    """Returns the rows of a CSV with a header, or without one as in MMLU's first release: question, four choices, letter."""
     with open_text(path) as file:
         lines = list(csv.reader(file))
     if not lines:
@@ -208,7 +210,7 @@ def text(name: str, folder: Path | None, file: str | None) -> str:
         with open_text(path) as lines:
             content = lines.read()
     if not content.strip():
-        raise ValueError(f"{path} holds no text.")
+        raise ValueError(f"{path} has no text.")
     return content
 
 

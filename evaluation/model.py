@@ -1,7 +1,7 @@
 """
-The harness's model for Transformers, made faster without other results: requests with the same examples share the encoding of
-what they have in common, answers are generated in batches that finished ones leave, and logits are computed where they are
-read. A batch that does not fit in memory is halved.
+The harness's model for Transformers, but faster, with the same results. Requests with the same examples share the encoding of
+those. Finished answers leave their batch. Logits are only computed where they are needed. A batch that does not fit in memory
+is halved.
 """
 
 import copy
@@ -22,10 +22,10 @@ from common.checkpoint import CACHE
 
 logger = logging.get_logger(__name__)
 
-LEAST_PREFIX = 16  # tokens in common that are worth a cache of their own
-LEAST_SHARE = 4  # a quarter: where no more rows than that of a batch are left, they go on with those of others
-STEPS = 32  # of decoding between two looks at which answers are finished
-TOKENS_AT_ONCE = 8192  # of prompts that are only encoded: more are no faster, and their logits take memory
+LEAST_PREFIX = 16  # common tokens for which a separate cache is worthwhile
+LEAST_SHARE = 4  # a quarter: if no more rows of a batch are left, they continue together with those of others
+STEPS = 32  # decoding steps between two checks for finished answers
+TOKENS_AT_ONCE = 8192  # of prompts that are only encoded: more would not be faster, and their logits take memory
 WINDOW = 2048  # tokens that perplexity is measured over at most, for models to be compared
 
 
@@ -33,8 +33,8 @@ class EvaluatedModel(HFLM):
     """
     Args:
         model, tokenizer: As loaded by Transformers.
-        batch_size: Requests at once, at first: it is halved when memory is too small.
-        progress: Is called with the number of requests that are done.
+        batch_size: Number of requests at once. It is halved if memory runs out.
+        progress: Called with the number of finished requests.
     """
 
     def __init__(self, model, tokenizer, batch_size: int = 16, progress: Callable[[int], None] = lambda n: None):
@@ -181,12 +181,12 @@ class EvaluatedModel(HFLM):
         self, batch: list[tuple], prompts: list[tuple], prefix: tuple, cache, limit: int, until: list[str], least: int
     ) -> Iterator[tuple[int, tuple, str | None]]:
         """
-        Yields (index in the batch, ids, answer) as they are finished. When `least` or fewer are left, which would keep the
-        batch going for themselves, they come with an answer of None, to go on together with others.
+        Yields (index in the batch, ids, answer) when an answer is finished. If only `least` or fewer are left, they are
+        yielded with the answer None, to be continued together with others.
 
         Args:
-            batch: Ids of each row: its prompt, and what was generated before.
-            limit: Tokens of an answer.
+            batch: Ids of each row: the prompt, and the tokens generated so far.
+            limit: Largest number of tokens of an answer.
         """
         longest = max(map(len, batch))
         pad, eos = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
@@ -229,11 +229,11 @@ class EvaluatedModel(HFLM):
 
     def _in_batches(self, rows: list[tuple], run: Callable, room: int, most_tokens: int = sys.maxsize):
         """
-        Calls `run(batch, prefix, cache)` for rows of token ids, those of similar length together, the longest first.
+        Calls `run(batch, prefix, cache)` for batches of rows of token ids of similar length, the longest first.
 
         Args:
-            room: Tokens at the end of each row that are not to be in the prefix.
-            most_tokens: In a batch, if it has more than one row; those of the prefix do not count.
+            room: Number of tokens at the end of each row that stay out of the prefix.
+            most_tokens: Largest number of tokens in a batch of several rows, without the prefix.
         """
         rows = sorted(rows, key=lambda row: (-len(row), row))
         prefix = common_prefix(rows, room)
@@ -260,7 +260,9 @@ class EvaluatedModel(HFLM):
                         "(--quantization int4), choose a smaller --dtype, or another --device."
                     ) from error
                 self.batch_size_per_gpu = len(batch) // 2
-                logger.warning(f"{len(batch)} requests at once do not fit in memory; going on with {len(batch) // 2}.")
+                logger.warning(
+                    f"{len(batch)} requests at once do not fit in memory. Continuing with {len(batch) // 2}."
+                )
             else:
                 start += len(batch)
                 continue
@@ -278,7 +280,7 @@ class EvaluatedModel(HFLM):
 
 
 def common_prefix(rows: list[tuple], room: int) -> tuple:
-    """What all rows begin with; each keeps `room` tokens, and one at least, behind it."""
+    """Returns the common beginning of all rows. At least `room` tokens, and at least one, remain in each row."""
     least, most = min(rows), max(rows)  # in the order of the alphabet, so all others are between them
     length = min(map(len, rows)) - max(room, 1)
     same = next((i for i, (a, b) in enumerate(zip(least, most)) if a != b), min(len(least), len(most)))

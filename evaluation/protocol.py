@@ -76,7 +76,7 @@ def build(suite: str, subject: str | None, protocol: str, data: str | None = Non
 
 
 class PublishedTask(ConfigurableTask):
-    """A task of the harness whose prompts fit the model's context: those that would not get fewer examples."""
+    """A task of the harness whose prompts fit the model's context. Longer prompts get fewer examples."""
 
     chat = False
 
@@ -87,7 +87,7 @@ class PublishedTask(ConfigurableTask):
         self.cut = 0  # prompts that do not fit without any
 
     def fit(self, count_tokens, context: int):
-        """Has the prompts made for a model: `count_tokens(text)`, and the tokens of its context."""
+        """Sets the model's `count_tokens(text)` and context length, which prompts must fit into."""
         self.count_tokens = count_tokens
         self.room = context - (self.config.generation_kwargs or {}).get("max_gen_toks", 1)
 
@@ -121,7 +121,7 @@ class PublishedTask(ConfigurableTask):
 
 
 class Prompt(str):
-    """A prompt that knows how many examples it has."""
+    """A prompt with the number of its examples."""
 
     def __new__(cls, text: str, shots: int):
         prompt = super().__new__(cls, text)
@@ -131,8 +131,8 @@ class Prompt(str):
 
 class TwoTurns(PublishedTask):
     """
-    A chain of thought, then the choice: as the published script, asks again with query, answer, a line break and
-    `conclusion` as the new query, and takes that of the letters A to D which is likeliest to come next.
+    A chain of thought, then the choice. As in the published script, query, answer, a line break and `conclusion` form a
+    new query, and the most likely next token among the letters A to D is the choice.
     """
 
     def __init__(self, config: dict):
@@ -159,7 +159,7 @@ class TwoTurns(PublishedTask):
 
 @dataclass
 class SecondTurn(Instance):
-    """A request whose prompt is made of the answer to the first."""
+    """A request whose prompt contains the answer to the first request."""
 
     first: Instance = field(default=None, kw_only=True)
 

@@ -1,5 +1,5 @@
 """
-Makes a report, Markdown and a plot, of one evaluation or several, beside the published figures.
+Writes a report (Markdown and a plot) of one or more evaluations, with the published figures.
 
     python -m evaluation.report build/evaluation/float build/evaluation/int4 --output build/evaluation/report
 """
@@ -11,13 +11,13 @@ from common.options import Parser, add_output_option
 
 def options() -> Parser:
     parser = Parser(__doc__)
-    parser.add_argument("folders", nargs="+", type=Path, help="outputs of evaluation.run")
+    parser.add_argument("folders", nargs="+", type=Path, help="output folders of evaluation.run")
     add_output_option(parser)
     return parser
 
 
 if __name__ == "__main__":
-    options().parse_args()  # --help and wrong options are answered before the imports below, which take seconds
+    options().parse_args()  # answers --help and wrong options before the slow imports below
 
 
 import json
@@ -45,7 +45,7 @@ SETTINGS = ("name", "protocol", "quantization", "limit", "data", "device", "lm_e
 
 
 def wilson(correct: int, samples: int, z: float = 1.96) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson 1927), in percent."""
+    """Returns the 95 % confidence interval of a share (Wilson 1927), in percent."""
     share = correct / samples
     middle = (share + z * z / (2 * samples)) / (1 + z * z / samples)
     half = z * sqrt(share * (1 - share) / samples + z * z / (4 * samples * samples)) / (1 + z * z / samples)
@@ -61,7 +61,7 @@ def read(folder: Path) -> tuple[dict, list[dict]]:
     """
     path = folder / "settings.json"
     if not path.is_file():
-        raise ValueError(f"{folder} holds no evaluation: give the --output of evaluation.run.")
+        raise ValueError(f"{folder} has no evaluation. Pass the --output folder of evaluation.run.")
     settings = read_json(path, f"Choose another folder than {folder}.")
     missing = [name for name in SETTINGS if name not in settings]
     if missing:
@@ -86,14 +86,14 @@ def finished_tasks(folder: Path) -> dict[str, dict]:
 
 
 def needed(suite: str | None) -> tuple[str, ...]:
-    """What the report reads of a result."""
+    """Returns the fields of a result that the report reads."""
     if suite == "perplexity":
         return ("suite", "subject", "tokens", "perplexity", "bits_per_byte")
     return ("suite", "subject", "samples", "correct", "shots", "cut", "answers")
 
 
 def columns_of(suite: str, results: list[dict]) -> dict[str, tuple[int, int]]:
-    """(correct, samples) of each published column: all questions together, and of each category."""
+    """Returns (correct, samples) for each published column: all questions, and each category."""
     sums = {name: (0, 0) for name in PUBLISHED["columns"][suite]}
     for result in results:
         names = ["Average"]
@@ -122,7 +122,7 @@ def label_of(settings: dict) -> str:
 
 
 def labels_of(evaluations: list[tuple[dict, list]]) -> list[str]:
-    """A name for each evaluation, the same name never twice."""
+    """Returns a different name for each evaluation."""
     labels = [label_of(settings) for settings, _ in evaluations]
     counts = Counter(labels)
     return [f"{label} ({i})" if counts[label] > 1 else label for i, label in enumerate(labels, start=1)]
@@ -159,7 +159,7 @@ def suite_section(suite: str, evaluations: list[tuple[str, list[dict]]]) -> list
             lines += [f"{label}: examples that fit the context: {counts} prompts.", ""]
         if cut:
             lines += [
-                f"{label}: prompts longer than the context even without an example, which lost their beginning: {cut:,}.",
+                f"{label}: prompts that did not fit even without examples, so their beginning was cut: {cut:,}.",
                 "",
             ]
         lines += said_lines(suite, label, results)
@@ -171,25 +171,25 @@ def suite_section(suite: str, evaluations: list[tuple[str, list[dict]]]) -> list
 
 
 def said_lines(suite: str, label: str, results: list[dict]) -> list[str]:
-    """How often an answer was found in what was generated."""
+    """Says how often an answer was found in the generated text."""
     rows = [row for result in results for row in result["answers"] if "answer" in row]
     if not rows:
         return []
     said = [row for row in rows if row["said"]]
-    line = f"{label}: {len(said):,} of {len(rows):,} texts name an answer"
+    line = f"{label}: {len(said):,} of {len(rows):,} generated texts contain an answer"
     if suite in CHOICES:
         right = sum(row["said"] == row["target"] for row in said)
-        line += f", {right:,} the right one; the choice counts, which is asked for in the second turn"
+        line += f", {right:,} of them the right one. Only the choice in the second turn counts"
     return [line + ".", ""]
 
 
 def preference(results: list[dict]) -> str:
-    """Which letters are chosen, and what such choices, made without looking at the questions, would score."""
+    """Says which letters are chosen, and what the same choices without reading the questions would score."""
     rows = [row for result in results for row in result["answers"]]
     chosen, right = (Counter(row[key] for row in rows) for key in ("choice", "target"))
     blind = sum(chosen[letter] * right[letter] for letter in "ABCD") / len(rows) ** 2
     shares = ", ".join(f"{letter} in {100 * chosen[letter] / len(rows):.0f} %" for letter in "ABCD")
-    return f"chooses {shares}. Choices like these that are blind to the question would be right in {100 * blind:.2f} %."
+    return f"chooses {shares}. The same choices without reading the questions would score {100 * blind:.2f} %."
 
 
 def subject_table(suite: str, evaluations: list[tuple[str, list[dict]]]) -> str:
@@ -228,7 +228,7 @@ def perplexity_section(evaluations: list[tuple[str, list[dict]]]) -> list[str]:
 
 
 def plot(suites: dict, path: Path):
-    """Bars of the averages: measured with intervals, and published."""
+    """Plots the averages as bars: the measured ones with intervals, and the published ones."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(max(3.2 * len(suites), 5), 4.5), layout="constrained")

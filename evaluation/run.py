@@ -1,11 +1,10 @@
 """
-Evaluates a model by the published protocols, and writes a report beside the published figures.
+Evaluates a model with the published protocols, and writes a report with the published figures.
 
     python -m evaluation.run --model PATH --suite published --output build/evaluation/mine
     python -m evaluation.run --model PATH --suite mmlu ceval --quantization int4 --data DIR --limit 10 --output ...
 
-Each subject is kept in the output folder as it is finished: after an interruption, the same command goes on. See
-docs/evaluate.md.
+Each finished subject is stored in the output folder. After an interruption, the same command continues. See docs/evaluate.md.
 """
 
 from pathlib import Path
@@ -24,26 +23,31 @@ def options() -> Parser:
         nargs="+",
         default=["published"],
         choices=["published", *PUBLISHED, "perplexity"],
-        help="published: all but perplexity",
+        help="benchmarks to run; 'published' is everything but perplexity",
     )
     parser.add_argument(
-        "--protocol", choices=["chat", "base"], default="chat", help="of a chat model (default) or a base model"
+        "--protocol",
+        choices=["chat", "base"],
+        default="chat",
+        help="protocol for a chat model (default) or a base model",
     )
-    parser.add_argument("--ptuning-checkpoint", metavar="DIR", help="a folder with a P-Tuning prefix for the model")
-    parser.add_argument("--limit", type=int, help="the first questions of each subject, and windows of each text, only")
-    parser.add_argument("--data", help="a folder with the data sets; the Hub by default")
-    parser.add_argument("--gsm8k-zh", metavar="FILE", help="GSM8K in Chinese: .tsv as MGSM's, or .jsonl as GSM8K's")
-    parser.add_argument("--text", metavar="FILE", help="for perplexity, besides WikiText-2 and C-Eval: .txt or .jsonl")
-    parser.add_argument("--output", required=True, type=Path, help="folder for results; goes on with what is there")
-    parser.add_argument("--name", help="of the model, in the report (the last part of --model by default)")
+    parser.add_argument("--ptuning-checkpoint", metavar="DIR", help="folder with a P-Tuning prefix for the model")
     parser.add_argument(
-        "--batch-size", type=int, default=16, help="requests at once, halved where memory is too small (16)"
+        "--limit", type=int, help="use only this many questions of each subject, and windows of each text"
+    )
+    parser.add_argument("--data", help="folder with the data sets (default: the Hub)")
+    parser.add_argument("--gsm8k-zh", metavar="FILE", help="Chinese GSM8K: .tsv like MGSM's, or .jsonl like GSM8K's")
+    parser.add_argument("--text", metavar="FILE", help="your own text for perplexity, .txt or .jsonl")
+    parser.add_argument("--output", required=True, type=Path, help="folder for results; existing results are continued")
+    parser.add_argument("--name", help="name of the model in the report (default: the last part of --model)")
+    parser.add_argument(
+        "--batch-size", type=int, default=16, help="number of requests at once; halved if memory runs out (default: 16)"
     )
     return parser
 
 
 if __name__ == "__main__":
-    options().parse_args()  # --help and wrong options are answered before the imports below, which take seconds
+    options().parse_args()  # answers --help and wrong options before the slow imports below
 
 
 import argparse
@@ -83,14 +87,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     if args.data and not Path(args.data).is_dir():
         parser.error(
-            f"there is no folder {args.data}: give that of the data sets with --data, or leave it out to use the Hub"
+            f"there is no folder {args.data}: pass the folder with the data sets as --data, or leave it out to use the Hub"
         )
     prefix = args.ptuning_checkpoint and str(Path(args.ptuning_checkpoint, WEIGHTS_NAME))
     for name, path in (("gsm8k_zh", args.gsm8k_zh), ("text", args.text), ("ptuning_checkpoint", prefix)):
         if path and not Path(path).is_file():
             parser.error(f"--{name.replace('_', '-')}: there is no file {path}")
     if args.output.exists() and not args.output.is_dir():
-        parser.error(f"--output: {args.output} is a file, and a folder is needed")
+        parser.error(f"--output: {args.output} is a file, not a folder")
     args.device = args.device or default_device()
     if Path(args.model).is_dir():
         args.model = os.path.relpath(args.model)  # however it is written, the same when a run goes on
@@ -100,7 +104,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def chosen_suites(args: argparse.Namespace) -> list[str]:
-    """The suites to run. The Chinese GSM8K is left out of "published" where the folder has none: it was not published."""
+    """Returns the suites to run. If the folder has no Chinese GSM8K, it is left out of "published"."""
     names = [name for suite in args.suite for name in (PUBLISHED if suite == "published" else [suite])]
     names = list(dict.fromkeys(names))
     there = args.gsm8k_zh or not args.data or Path(args.data, "mgsm/mgsm_zh.tsv").is_file()
@@ -113,7 +117,7 @@ def chosen_suites(args: argparse.Namespace) -> list[str]:
 
 
 def build_tasks(args: argparse.Namespace) -> list:
-    """All tasks, with all data read and checked."""
+    """Returns all tasks, with their data read and checked."""
     tasks = []
     for suite in chosen_suites(args):
         subjects = SUITES[suite] + (["text"] if suite == "perplexity" and args.text else [])
@@ -124,7 +128,7 @@ def build_tasks(args: argparse.Namespace) -> list:
 
 
 def settings_of(args: argparse.Namespace) -> dict:
-    """What the results depend on, in JSON's types. More suites may be added to a folder."""
+    """Returns the settings that the results depend on, in JSON's types. (More suites can be added to a folder.)"""
     names = (
         "model",
         "ptuning_checkpoint",
@@ -158,7 +162,7 @@ def check_output(output: Path, settings: dict):
     if path.exists():
         check_settings(path, settings, "--output")
     elif output.exists() and any(other.name != LOCK and other.suffix != ".part" for other in output.iterdir()):
-        raise ValueError(f"{output} is not empty, and not an evaluation's: choose another --output.")
+        raise ValueError(f"{output} is not empty, and has no evaluation. Choose another --output.")
 
 
 def load_model(args: argparse.Namespace):
@@ -179,7 +183,7 @@ def load_model(args: argparse.Namespace):
 
 
 def requests_of(task, lm, limit: int | None) -> int:
-    """How many requests a task makes of a model: of a question one answer, or four choices, or both; of a text its windows."""
+    """Returns the number of requests of a task: for a question one answer, four choices, or both; for a text its windows."""
     if task.OUTPUT_TYPE == "loglikelihood_rolling":
         return sum(len(lm.windows(doc["text"])) for doc in task.eval_docs)
     questions = min(len(task.eval_docs), limit or len(task.eval_docs))
@@ -188,7 +192,7 @@ def requests_of(task, lm, limit: int | None) -> int:
 
 
 def run_task(task, lm, limit: int | None = None) -> dict:
-    """Returns the result of a task: how many samples, how many right, and every answer."""
+    """Returns the result of a task: the number of samples, the number of correct ones, and every answer."""
     start = time.perf_counter()
     task.set_fewshot_seed(0)
     if hasattr(lm, "count_tokens"):

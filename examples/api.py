@@ -1,11 +1,11 @@
 """
-The first-party project's API: one address that answers one question.
+Answers questions over HTTP with the interface of the first-party project's api.py.
 
     python -m examples.api                              # the small model, at http://127.0.0.1:8000
     curl http://127.0.0.1:8000 -H "Content-Type: application/json" -d '{"prompt": "你好", "history": []}'
 
-Gives {"response", "history", "status": 200, "time"}. Questions are answered one after the other; the work for a client that has
-gone ends. For OpenAI's API see the folder serving/.
+The answer is {"response", "history", "status": 200, "time"}. Questions are answered one after another. If a client disconnects,
+its request is cancelled. For OpenAI's API use `python -m serving`.
 """
 
 from common.options import Parser, add_model_options, add_server_options
@@ -19,7 +19,7 @@ def options() -> Parser:
 
 
 if __name__ == "__main__":
-    options().parse_args()  # --help and wrong options are answered before the imports below, which take seconds
+    options().parse_args()  # answers --help and wrong options before the slow imports below
 
 
 import asyncio
@@ -34,7 +34,7 @@ from common.http_guard import listen, run
 from common.load_model import iterate_in_threads, load_model
 
 
-# As published, what is null, missing or 0 has these values.
+# Values for what is null, missing or 0, as published
 DEFAULTS = {"max_length": 2048, "top_p": 0.7, "temperature": 0.95}
 
 
@@ -66,7 +66,7 @@ def build_app(model, tokenizer) -> FastAPI:
     async def create_item(request: Request) -> Answer:
         question = parse(Question, await request.body())
         if question.stream:
-            raise ApiError(400, "stream: this API answers as a whole. python -m serving can stream.", "stream")
+            raise ApiError(400, "stream: this API cannot stream. Use python -m serving for that.", "stream")
         options = {name: getattr(question, name) or default for name, default in DEFAULTS.items()}
         async with one_at_a_time:
             stream = model.stream_chat(tokenizer, question.prompt, question.history, **options)
@@ -74,7 +74,7 @@ def build_app(model, tokenizer) -> FastAPI:
                 async with aclosing(iterate_in_threads(stream)) as answers:
                     async for response, history in answers:
                         pass
-            except ValueError as error:  # a question that is too long, say
+            except ValueError as error:  # for example a question that is too long
                 raise ApiError(400, str(error)) from None
         return Answer(response=response, history=history, time=f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}")
 

@@ -1,14 +1,13 @@
 """
 Chat in the terminal.
 
-    python -m examples.cli_chat                         # with the small model that the repository comes with
+    python -m examples.cli_chat                         # the small model in the repository
     python -m examples.cli_chat --model THUDM/chatglm2-6b --quantization int4
     python -m examples.cli_chat --prompt "你好"          # answers once
     printf '你好\\nWho are you?\\n' | python -m examples.cli_chat
 
-`/help` lists the commands. Ctrl-C stops an answer and keeps the dialogue. In a terminal answers are shown as Markdown (by rich,
-if it is installed), elsewhere as they are. What is read from a pipe is UTF-8, or in the encoding of the locale if that is
-another.
+`/help` lists the commands. Ctrl-C stops an answer and keeps the dialogue. A terminal shows answers as Markdown if rich is
+installed; pipes and files get plain text. Input from a pipe must be in the encoding of the locale, usually UTF-8.
 """
 
 import codecs
@@ -54,7 +53,7 @@ def piped_queries() -> Iterator[str]:
     Yields the lines of a pipe or file.
 
     Raises:
-        ValueError: at the end, if lines were left out, each with a word, as they are in another encoding.
+        ValueError: at the end, if lines in another encoding were left out. Each of them was reported.
     """
     encoding, left_out = sys.stdin.encoding, 0
     for number, line in enumerate(sys.stdin.buffer, start=1):
@@ -72,7 +71,7 @@ def piped_queries() -> Iterator[str]:
 
 
 def typed_queries() -> Iterator[str]:
-    """Yields what is typed in a terminal, up to its end or Ctrl-C."""
+    """Yields what the user types in a terminal, until the end of input or Ctrl-C."""
     try:
         # For the line editor, too: in the locale C it would read the bytes of Chinese characters as keys.
         if locale.nl_langinfo(locale.CODESET).upper() != "UTF-8" and sys.stdin.encoding.lower() == "utf-8":
@@ -99,7 +98,7 @@ def typed_queries() -> Iterator[str]:
 
 
 def read_query() -> str:
-    """Returns a line, or the lines between two triple quotes: none, if Ctrl-C is pressed between them."""
+    """Returns a line, or the lines between two triple quotes. Ctrl-C between them discards the lines."""
     query = input("用户：")
     if not query.lstrip().startswith(QUOTES):
         return query
@@ -114,7 +113,7 @@ def read_query() -> str:
 
 
 def chat(model, tokenizer, greeting: str, **options):
-    """Answers queries, from a terminal or a pipe, until `exit` or the end."""
+    """Answers queries from a terminal or a pipe, until `exit` or the end of input."""
     interactive = sys.stdin.isatty()
     if interactive:
         print(f"{greeting}\n\n{HELP}")
@@ -136,32 +135,37 @@ def chat(model, tokenizer, greeting: str, **options):
             print("\nChatGLM：")
         try:
             history, past_key_values = stream_answer(model, tokenizer, query, history, past_key_values, **options)
-        except ValueError as error:  # a query that is too long, say: the dialogue goes on
+        except ValueError as error:  # for example a query that is too long: the dialogue continues
             print(error)
 
 
 def main():
     parser = Parser(__doc__)
     add_model_options(parser)
-    parser.add_argument("--prompt", help="answer this once, and end")
-    parser.add_argument("--greedy", action="store_true", help="always take the likeliest token")
+    parser.add_argument("--prompt", help="answer this query and exit")
+    parser.add_argument("--greedy", action="store_true", help="always take the most likely token")
     parser.add_argument("--top-p", type=at_least(0, above=True, maximum=1), default=0.8, help="default: %(default)s")
     parser.add_argument("--temperature", type=at_least(0), default=0.8, help="0 is greedy; default: %(default)s")
     parser.add_argument(
-        "--max-length", type=at_least(1, number=int), default=8192, help="tokens of dialogue and answer; default: 8192"
+        "--max-length",
+        type=at_least(1, number=int),
+        default=8192,
+        help="limit of dialogue and answer together, in tokens; default: 8192",
     )
     parser.add_argument(
-        "--seed", type=at_least(0, maximum=2**63 - 1, number=int), help="the same seed gives the same answers"
+        "--seed",
+        type=at_least(0, maximum=2**63 - 1, number=int),
+        help="random seed: the same seed gives the same answers",
     )
     args = parser.parse_args()
 
     if sys.stdout is None:
-        raise SystemExit("The standard output is closed: there is nowhere to answer to.")
+        raise SystemExit("The standard output is closed, so answers cannot be shown.")
     if sys.stdin is None and args.prompt is None:
-        raise SystemExit("The standard input is closed: give a --prompt.")
+        raise SystemExit("The standard input is closed. Pass the query with --prompt.")
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # where answers cannot be written, on old Windows
-    # Late: they take seconds, which --help does not need, and Ctrl-C ends them as quietly as what follows.
+        sys.stdout.reconfigure(errors="replace")  # old Windows cannot show all characters
+    # Imported late: it takes seconds, which --help does not need, and Ctrl-C should end it silently.
     import torch
 
     from common.load_model import load_model
@@ -187,7 +191,7 @@ def main():
 
 
 def run():
-    """`main`, without a word if the reader of the answers has left, and with one line if they cannot be written."""
+    """Runs `main`. Exits silently if the reader of a pipe has left, and with one line if answers cannot be written."""
     try:
         try:
             main()

@@ -1,4 +1,4 @@
-"""How answers are shown: as they are, or in a terminal as Markdown (by rich)."""
+"""Shows answers: as Markdown in a terminal (with rich), elsewhere as plain text."""
 
 import itertools
 import os
@@ -32,14 +32,14 @@ SECONDS_BETWEEN_DRAWINGS = 0.08
 
 
 def display_for_output():
-    """Returns what shows answers on the standard output: Markdown in a terminal, if rich is installed."""
+    """Returns the display for the standard output: Markdown in a terminal if rich is installed, else plain text."""
     if not sys.stdout.isatty():
         return PlainDisplay()
     return PlainDisplay(printable) if Console is None else MarkdownDisplay()
 
 
 def printable(text: str) -> str:
-    """Returns a text without control characters, which would command the terminal."""
+    """Returns a text without control characters, which the terminal would execute."""
     return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
 
 
@@ -76,8 +76,8 @@ class MarkdownDisplay:
     """
     Shows answers as Markdown while they grow.
 
-    A block (a paragraph, an item of a list, a table) is printed once it is complete. Below stands the last one, which is drawn
-    anew as it grows.
+    A block (a paragraph, a list item, a table) is printed once it is complete. The last, incomplete block is redrawn below
+    it as it grows.
     """
 
     def __enter__(self):
@@ -117,7 +117,7 @@ class MarkdownDisplay:
         self.width, self.drawn_at = self.console.width, time.monotonic()
 
     def erase_wrapped_rows(self):
-        """Erases rows that Live does not know of: a terminal that becomes narrower wraps the lines that it shows."""
+        """Erases rows that rich does not know of: a terminal that becomes narrower wraps its lines."""
         width = self.console.width
         if width < self.width:
             added = sum(len(chop_cells(line, width)) - 1 for line in self.last.lines if line)
@@ -132,13 +132,13 @@ class MarkdownDisplay:
 
 
 def read_markdown(text: str) -> list:
-    """Returns the tokens of an answer: lines end where they end, and < is a character, as in a chat."""
+    """Returns the Markdown tokens of an answer. As in a chat, line breaks are kept, and < is an ordinary character."""
     reader = MarkdownIt(options_update={"html": False}).enable("table")  # rich would leave HTML out
     return reader.parse(text.replace("\n", "  \n"))
 
 
 def split_blocks(text: str) -> list[tuple[str, bool]]:
-    """Splits Markdown into blocks, and lists into items. Returns each with whether an empty line belongs before it."""
+    """Splits Markdown into blocks and lists into items. Returns (block, whether an empty line comes before it)."""
     starts = {}
     for token in read_markdown(text):
         if token.map and (token.level == 0 or (token.level == 1 and token.type == "list_item_open")):
@@ -191,7 +191,7 @@ def trim(line: list) -> list:
 
 @contextmanager
 def without_echo() -> Iterator[None]:
-    """Does not show what is typed meanwhile (^C, for one): it would move what is drawn. It is read at the next prompt."""
+    """Hides what is typed meanwhile (for example ^C), which would disturb the drawing. The next prompt reads it."""
     # From the background, setting it would stop the program.
     if termios is None or not sys.stdout.isatty() or os.tcgetpgrp(sys.stdout.fileno()) != os.getpgrp():
         yield
@@ -209,7 +209,7 @@ def without_echo() -> Iterator[None]:
 
 @contextmanager
 def delayed_interrupt() -> Iterator[None]:
-    """Lets what is drawn be drawn to its end before Ctrl-C interrupts."""
+    """Delays Ctrl-C until drawing has finished."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -4,8 +4,8 @@ Chat in the browser.
     python -m examples.web_chat                         # the small model, at http://127.0.0.1:7860
     python -m examples.web_chat --model THUDM/chatglm2-6b --quantization int4 --users 4
 
-Answers are streamed, and can be stopped; questions can be edited, and answers had anew. All users share the model; each has a
-dialogue and a cache of their own. The page needs nothing from outside.
+You can stop an answer, edit a question and regenerate an answer. All users share the model. Each user has a separate dialogue
+and KV cache. The page loads nothing from other sites.
 """
 
 from common.options import Parser, add_model_options, at_least
@@ -14,18 +14,37 @@ from common.options import Parser, add_model_options, at_least
 def options() -> Parser:
     parser = Parser(__doc__)
     add_model_options(parser)
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: other machines too (default: this one only)")
-    parser.add_argument("--port", type=at_least(0, maximum=65535, number=int), default=7860, help="0: any free one")
-    parser.add_argument("--users", type=at_least(1, number=int), default=2, help="answers at the same time; default: 2")
-    parser.add_argument("--top-p", type=at_least(0, maximum=1), default=0.8, help="the slider's; default: %(default)s")
     parser.add_argument(
-        "--temperature", type=at_least(0, maximum=1), default=0.95, help="the slider's; default: %(default)s"
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on; 0.0.0.0 allows other machines (default: this machine only)",
+    )
+    parser.add_argument(
+        "--port",
+        type=at_least(0, maximum=65535, number=int),
+        default=7860,
+        help="port; 0 means any free one (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--users",
+        type=at_least(1, number=int),
+        default=2,
+        help="number of answers that are generated at the same time; default: 2",
+    )
+    parser.add_argument(
+        "--top-p", type=at_least(0, maximum=1), default=0.8, help="initial value of the slider; default: %(default)s"
+    )
+    parser.add_argument(
+        "--temperature",
+        type=at_least(0, maximum=1),
+        default=0.95,
+        help="initial value of the slider; default: %(default)s",
     )
     return parser
 
 
 if __name__ == "__main__":
-    options().parse_args()  # --help and wrong options are answered before the imports below, which take seconds
+    options().parse_args()  # answers --help and wrong options before the slow imports below
 
 
 import html
@@ -113,7 +132,7 @@ def to_rounds(messages: list[dict]) -> list[tuple[str, str]]:
 
 
 def too_long(model, tokenizer, query: str, max_length: int, language: str) -> str | None:
-    """Returns what to say of a question for which there is no room, in Chinese or English; None, if there is."""
+    """Returns a message, in Chinese or English, if a question is too long, else None."""
     context = model.config.context_length
     limit = min(max_length, context) - 1
     length = len(tokenizer(tokenizer.build_prompt(query)).input_ids)
@@ -157,7 +176,7 @@ def build_page(
         session: dict,
         request: gr.Request,
     ):
-        """Yields the answer as it grows, and its speed. `session` is the user's own, and keeps their cache."""
+        """Yields the answer as it grows, and its speed. `session` belongs to the user and keeps the KV cache."""
         if error := error_of(message, int(max_length), request):  # of an edited question, which is not given to `check`
             gr.Warning(error)  # an error would leave the page waiting
             return

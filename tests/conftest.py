@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -28,6 +29,11 @@ from transformers import ContinuousBatchingConfig
 
 from common.package import ROOT, TINY, copy_code, product
 
+
+# Tests send these signals to programs that they start. A shell's `&`, and nohup, have them ignored, and programs inherit that.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (getattr(signal, "SIGHUP", None), signal.SIG_DFL)):
+    if number is not None and signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 # Property tests look for new counterexamples at every run, except in continuous integration.
 hypothesis.settings.register_profile("ci", derandomize=True)

@@ -83,7 +83,7 @@ def test_empty_prompt_is_answered(post):
         ({"prompt": "hi", "temperature": -1}, "'temperature': must be at least 0, got -1"),
         ({"prompt": "hi", "top_p": 1.5}, "'top_p': must be at most 1, got 1.5"),
         ({"prompt": "hi", "max_length": -1}, "'max_length'"),
-        ({"prompt": "hi", "stream": True}, "stream: this API answers as a whole"),
+        ({"prompt": "hi", "stream": True}, "stream: this API cannot stream"),
         ({"prompt": "hi", "history": "no"}, "'history': expected a list"),
         ({"prompt": "hi", "history": [["one"]]}, "history"),
         ({"prompt": "word " * 3000}, "Shorten it"),

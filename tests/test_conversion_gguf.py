@@ -116,7 +116,7 @@ def test_quantized_checkpoint(tmp_path):
 @pytest.mark.parametrize(
     "variant, message",
     [
-        ({"rmsnorm": False}, "llama.cpp has nothing for rmsnorm=False"),
+        ({"rmsnorm": False}, "llama.cpp has no equivalent for rmsnorm=False"),
         ({"kv_channels": 16}, "not of kv_channels=16"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type 'yarn' cannot be converted"),
     ],

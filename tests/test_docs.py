@@ -12,17 +12,20 @@ import signal
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
+import yaml
 from transformers import AutoModel, AutoTokenizer
 
 import chatglm2
 from conftest import ROOT, TINY
+from docs import arguments
 
 
-PAGES = [ROOT / "README.md", ROOT / "README_zh.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 # Programs that other packages bring, or the shell; what they are given is not this repository's
-OTHERS = {"pip", "cat", "cp", ".venv/bin/hf", "hf", "curl"}
+OTHERS = {"pip", "python3", "source", "hf", "curl", "open-webui"}
 RECIPES = {f"training.{name}" for name in chatglm2.GROUPS["train"][1]}
 LAUNCHERS = {"accelerate", "torchrun"}
 
@@ -61,7 +64,6 @@ def test_every_command_is_of_a_known_kind():
     assert {words[0] for _, words in COMMANDS} <= {
         "make",
         "python",
-        ".venv/bin/python",
         "chatglm2",
     } | OTHERS | LAUNCHERS
 
@@ -202,3 +204,41 @@ def test_links(page):
         assert path.exists(), target
         if anchor:
             assert anchor in heading_anchors(path.read_text(encoding="utf-8")), target
+
+
+def test_arguments_page_is_up_to_date():
+    assert arguments.PAGE.read_text(encoding="utf-8") == arguments.page(), "run python -m docs.arguments"
+
+
+def test_readme_is_short():
+    for name in ("README.md", "README_zh.md"):
+        assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) <= 120
+
+
+def test_versions_agree():
+    version = re.search(r"^version = (.*)$", (ROOT / "setup.cfg").read_text(), re.M)[1]
+    assert re.search(rf"^## \[{re.escape(version)}\]", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_github_runs_what_ci_runs():
+    workflow = yaml.safe_load((ROOT / ".github/workflows/test.yml").read_text())
+    (job,) = workflow["jobs"].values()
+    assert ".ci/run" in [step.get("run") for step in job["steps"]]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.parent != ROOT and page.name != "README.md"])
+def test_pages_begin_with_a_command(page):
+    """After a sentence, from an activated environment or by make."""
+    command = page.read_text(encoding="utf-8").split("```shell\n")[1].splitlines()[0]
+    assert command == "source .venv/bin/activate" or command.startswith("make "), command
+
+
+def test_maps_name_every_page():
+    for folder in (ROOT / "docs", ROOT / "docs/zh"):
+        text = (folder / "README.md").read_text(encoding="utf-8")
+        pages = {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"}
+        assert {Path(target).name for target in re.findall(r"\]\(([^)#]+\.md)\)", text)} >= pages
+    for page in sorted((ROOT / "docs/zh").glob("*.md")):  # English pages are marked
+        for label, target in re.findall(r"\[([^\]]+)\]\(\.\./([a-z-]+\.md)[^)]*\)", page.read_text(encoding="utf-8")):
+            assert label.endswith("（英文）"), (page.name, target)

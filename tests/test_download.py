@@ -263,7 +263,7 @@ def test_too_small_a_disk_is_refused_before_the_download(server, tmp_path, monke
     source = download.Source("here", files, lambda *args: pytest.fail("downloaded"))
     monkeypatch.setitem(download.SOURCES, "huggingface", lambda name, revision: source)
     monkeypatch.setattr(download.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2e9, 1e9, 0.5e9))
-    with pytest.raises(ValueError, match="has room for 0.50 GB, and 1.00 GB are to be downloaded"):
+    with pytest.raises(ValueError, match="has 0.50 GB free, and 1.00 GB must be downloaded"):
         download.download(NAME, tmp_path / "output")
 
 
@@ -317,7 +317,7 @@ def test_hub_name_is_downloaded_into_the_cache_and_found_offline(server, tmp_pat
     assert downloaded(server) == {"config.json", "tokenizer.model", "tokenizer_config.json", WEIGHTS}
 
 
-@pytest.mark.parametrize("page", ["README.md", "README_zh.md"])
+@pytest.mark.parametrize("page", ["docs/install.md", "docs/zh/install.md"])
 def test_documented_hf_download_fetches_the_weights_without_the_code(server, tmp_path, page):
     (line,) = re.findall(r"^\S*hf (download .*)$", (ROOT / page).read_text(encoding="utf-8"), flags=re.M)
     program = [sys.executable, "-c", "from huggingface_hub.cli.hf import main; main()"]

@@ -78,15 +78,15 @@ Percent right, and in brackets the 95 % interval (Wilson). Averages count every 
 | ChatGLM2-6B, bfloat16, published |  | 45.47 |  |  |  |  |
 | ChatGLM2-6B, INT4, published |  | 43.13 |  |  |  |  |
 
-tiny, chat: prompts longer than the context even without an example, which lost their beginning: 1.
+tiny, chat: prompts that did not fit even without examples, so their beginning was cut: 1.
 
-tiny, chat: 4 of 7 texts name an answer, 3 the right one; the choice counts, which is asked for in the second turn.
+tiny, chat: 4 of 7 generated texts contain an answer, 3 of them the right one. Only the choice in the second turn counts.
 
-tiny, chat: chooses A in 57 %, B in 29 %, C in 14 %, D in 0 %. Choices like these that are blind to the question would be right in 34.69 %.
+tiny, chat: chooses A in 57 %, B in 29 %, C in 14 %, D in 0 %. The same choices without reading the questions would score 34.69 %.
 
-tiny, INT4, chat: 0 of 4 texts name an answer, 0 the right one; the choice counts, which is asked for in the second turn.
+tiny, INT4, chat: 0 of 4 generated texts contain an answer, 0 of them the right one. Only the choice in the second turn counts.
 
-tiny, INT4, chat: chooses A in 75 %, B in 25 %, C in 0 %, D in 0 %. Choices like these that are blind to the question would be right in 25.00 %.
+tiny, INT4, chat: chooses A in 75 %, B in 25 %, C in 0 %, D in 0 %. The same choices without reading the questions would score 25.00 %.
 
 <details><summary>By subject</summary>
 
@@ -120,7 +120,7 @@ END = """\
 
 tiny, chat: examples that fit the context: 8 in 1, 5 in 1 prompts.
 
-tiny, chat: 1 of 2 texts name an answer.
+tiny, chat: 1 of 2 generated texts contain an answer.
 
 ## Perplexity
 
@@ -209,7 +209,7 @@ def test_validation_set_of_published_figures(tmp_path):
         ("tasks/0.json", '{"suite": "mm', "0.json is not JSON .*Remove it: its task is then run again"),
         ("tasks/0.json", '{"suite": "mmlu", "subject": "anatomy"}', "0.json has no samples, correct, shots, cut, answers"),
         ("tasks/0.json", '{"suite": "perplexity"}', "0.json has no subject, tokens, perplexity, bits_per_byte"),
-        ("settings.json", None, "holds no evaluation: give the --output of evaluation.run"),
+        ("settings.json", None, "has no evaluation. Pass the --output folder of evaluation.run"),
     ],
 )  # fmt: skip
 def test_damaged_files_are_named(folders, tmp_path, name, content, message):

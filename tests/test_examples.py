@@ -240,7 +240,7 @@ def test_reader_that_leaves():
     [
         ("CHAT --prompt 你好 > /dev/full", b"No space left on device"),
         ("CHAT --prompt 你好 >&-", b"The standard output is closed"),
-        ("CHAT <&-", b"The standard input is closed: give a --prompt"),
+        ("CHAT <&-", b"The standard input is closed. Pass the query with --prompt"),
     ],
 )
 def test_output_that_cannot_be_written_is_one_line(command, message):

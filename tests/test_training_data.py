@@ -247,7 +247,7 @@ def test_alpaca(tmp_path, logs, row, options, query, history):
         rows = read(arguments(train_file=write_rows(tmp_path / name, [row]), **options), "train")
         response = row.get("output", row.get("a"))
         assert rows[0] == {"query": query, "response": response, "history": history}
-    assert ("Not read are the columns history" in logs.text) == (row is ALPACA and bool(options))
+    assert ("Columns that are not read: history" in logs.text) == (row is ALPACA and bool(options))
 
 
 MESSAGES = [{"role": r, "content": c} for r, c in (("system", "S. "), ("user", "a"), ("assistant", "b"), ("user", "c"))]
@@ -303,7 +303,7 @@ def test_history_as_json_text(tiny_tokenizer, tmp_path, history):
 def test_unread_columns_are_said(tmp_path, logs):
     row = {"id": 5, "prompt": "a", "response": "b", "history": [], "source": "x"}
     read(arguments(train_file=write_rows(tmp_path / "rows.json", [row])), "train")
-    assert "Not read are the columns history, source: name" in logs.text
+    assert "Columns that are not read: history, source." in logs.text
     logs.clear()
     read(arguments(train_file=write_rows(tmp_path / "rows.json", [{"prompt": "a", "response": "b"}])), "train")
     assert "columns" not in logs.text
@@ -324,7 +324,7 @@ def test_rows_that_nothing_can_be_learned_from_are_counted(tiny_tokenizer, read_
     assert "1 of 3 rows are longer than 81 tokens, or have an empty round, and were cut" in logs.text
     assert "2 of 3 rows are left out" in logs.text
     data, args = read_rows(rows[:2])
-    with pytest.raises(ValueError, match="No row of the data can be learned from"):
+    with pytest.raises(ValueError, match="No row of the data can be used"):
         encode(data, tiny_tokenizer, args)
 
 
@@ -414,7 +414,7 @@ def test_bad_files(tmp_path, name, content, message):
 
 
 def test_bad_options(tiny_tokenizer, read_rows):
-    with pytest.raises(ValueError, match="There is no data for this: give a --validation-file"):
+    with pytest.raises(ValueError, match="There is no validation data: pass --validation-file"):
         read(arguments(), "validation")
     with pytest.raises(ValueError, match="max_source_length must be at least 8 tokens, got 2"):
         arguments(max_source_length=2)

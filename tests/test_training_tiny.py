@@ -99,10 +99,10 @@ def test_card(tmp_path):
         text = path.read_text(encoding="utf-8")
         assert text.startswith("before\n<!--") and text.endswith("-->\nafter\n") and "old" not in text
         assert "| tatoeba_en_zh | 429 | 12.5 | 12.7 |" in text and text.count("25,701") == 2
-        assert "\n70 fit, judged by reading" in text and "| 7 | 7 |" in text
+        assert "\n70 answers fit, as judged by a reader" in text and "| 7 | 7 |" in text
     (tmp_path / "samples.md").write_text("other answers")
     tiny.card(tmp_path)
-    assert "it is not judged yet" in path.read_text(encoding="utf-8")
+    assert "has not been judged yet" in path.read_text(encoding="utf-8")
 
 
 def test_published_answers_are_judged():

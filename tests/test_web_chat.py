@@ -393,5 +393,5 @@ def test_bad_options(monkeypatch, capsys):
 
     with listen("127.0.0.1", 0) as taken:
         assert "Address already in use" in fails("--port", str(taken.getsockname()[1]))
-    assert "no model there" in fails("--port", "0", "--model", "./nothing")
+    assert "There is no folder ./nothing" in fails("--port", "0", "--model", "./nothing")
     assert "at least 1" in fails("--users", "0")

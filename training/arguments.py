@@ -10,37 +10,41 @@ from dataclasses import dataclass, field, fields
 
 @dataclass
 class DataArguments:
-    """Where the rows are, and how long they may be."""
+    """The data files, their columns, and the largest lengths."""
 
     train_file: str | None = field(
         default=None, metadata={"help": "JSON, JSONL, CSV or TSV, also compressed (.gz), or Parquet."}
     )
-    validation_file: str | None = field(default=None, metadata={"help": "For the loss and perplexity held out."})
+    validation_file: str | None = field(default=None, metadata={"help": "Held-out data, for loss and perplexity."})
     test_file: str | None = field(
-        default=None, metadata={"help": "To answer (--do-predict), and for ROUGE and BLEU where it has responses."}
+        default=None, metadata={"help": "Prompts to answer with --do-predict. Responses are used for ROUGE and BLEU."}
     )
-    dataset_name: str | None = field(default=None, metadata={"help": "On the Hub, or a folder, instead of files."})
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "A data set on the Hub, or a folder, instead of files."}
+    )
     dataset_config_name: str | None = None
     prompt_column: str = "prompt"
     input_column: str | None = field(
-        default=None, metadata={"help": "Added to the prompt on a line of its own, as Alpaca's `input` is by default."}
+        default=None, metadata={"help": "Added to the prompt on its own line. By default Alpaca's `input`."}
     )
     response_column: str = "response"
     history_column: str | None = field(
-        default=None, metadata={"help": "With the rounds before, a list of [query, answer]."}
+        default=None, metadata={"help": "Column of earlier rounds, a list of [query, answer]."}
     )
-    messages_column: str = field(default="messages", metadata={"help": "Read instead of prompts where there is one."})
-    text_column: str = field(default="text", metadata={"help": "Of pretraining."})
-    max_source_length: int = field(default=1024, metadata={"help": "Tokens of a prompt with its history."})
-    max_target_length: int = field(default=128, metadata={"help": "Tokens of a response."})
+    messages_column: str = field(default="messages", metadata={"help": "Column of messages. It is used if it exists."})
+    text_column: str = field(default="text", metadata={"help": "Column of documents, for pretraining."})
+    max_source_length: int = field(
+        default=1024, metadata={"help": "Largest number of tokens of a prompt with its history."}
+    )
+    max_target_length: int = field(default=128, metadata={"help": "Largest number of tokens of a response."})
     packing: bool = field(
-        default=False, metadata={"help": "Several examples a row, kept apart, instead of padding: for short ones."}
+        default=False, metadata={"help": "Pack several examples into a row instead of padding. For short examples."}
     )
     max_train_samples: int | None = None
     max_eval_samples: int | None = None
     max_predict_samples: int | None = None
     preprocessing_num_workers: int | None = None
-    overwrite_cache: bool = field(default=False, metadata={"help": "Read and encode the data anew."})
+    overwrite_cache: bool = field(default=False, metadata={"help": "Read and encode the data again."})
 
     def __post_init__(self):
         for name in ("max_source_length", "max_target_length"):
@@ -50,72 +54,78 @@ class DataArguments:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.dataset_name and self.train_file:
-            raise ValueError("Both a dataset_name and a train_file are given; leave one of them out.")
+            raise ValueError("Both a dataset_name and a train_file are given. Leave one of them out.")
 
     @property
     def max_length(self) -> int:
-        """Tokens of an example in all: the prompt, the response and `</s>`."""
+        """Largest number of tokens of an example: the prompt, the response and `</s>`."""
         return self.max_source_length + self.max_target_length + 1
 
 
 @dataclass
 class ModelOptions:
-    """Beside TRL's `ModelConfig`."""
+    """Options beside TRL's `ModelConfig`."""
 
     config_name: str | None = field(
-        default=None, metadata={"help": "A folder with a config.json: new random weights, instead of a model's."}
+        default=None,
+        metadata={"help": "A folder with a config.json. Starts from new random weights, not from a model."},
     )
-    tokenizer_name: str | None = field(default=None, metadata={"help": "The model's own by default."})
+    tokenizer_name: str | None = field(default=None, metadata={"help": "Default: the model's own tokenizer."})
     quantization_bit: int | None = field(
         default=None,
-        metadata={"help": "4 or 8: the frozen weights in the published INT4 or INT8. For lora and ptuning."},
+        metadata={"help": "4 or 8: quantize the frozen weights to INT4 or INT8. For lora and ptuning."},
     )
     checkpoint_code: bool = field(
         default=False, metadata={"help": "Run the code in the model's folder or repository instead of this package's."}
     )
     fsdp_size: int | None = field(
         default=None,
-        metadata={"help": "Processes to split the model among as it is loaded (FSDP2 of Transformers >= 5.23)."},
+        metadata={"help": "Split the model over this many processes while loading (FSDP2, Transformers >= 5.23)."},
     )
 
 
 @dataclass
 class RecipeOptions:
-    """Beside the library's `TrainingArguments`, and other defaults than it has."""
+    """Options beside Transformers' `TrainingArguments`, and other defaults."""
 
-    output_dir: str = field(default="output", metadata={"help": "Goes on from the last checkpoint there, if any."})
+    output_dir: str = field(
+        default="output", metadata={"help": "A run continues from the last checkpoint in this folder."}
+    )
     logging_steps: float = 10
     logging_first_step: bool = True
     save_total_limit: int | None = 2
     report_to: str | None = "none"
     include_num_input_tokens_seen: str = "all"  # for tokens per second in the log
-    max_new_tokens: int = field(default=128, metadata={"help": "Of an answer, in --do-predict."})
+    max_new_tokens: int = field(
+        default=128, metadata={"help": "Largest number of tokens of an answer with --do-predict."}
+    )
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Train anew, and remove the checkpoints in the output folder."}
+        default=False, metadata={"help": "Start again, and remove the checkpoints in the output folder."}
     )
     bf16: bool | None = field(
         default=None,
         metadata={
-            "help": "Autocast to bfloat16. On a CPU by default where that is measured to be faster, once.",
+            "help": "Autocast to bfloat16. Default on a CPU: if a measurement shows that it is faster.",
             "nargs": "?",
             "const": True,
         },
     )
     muon: bool = field(
-        default=False, metadata={"help": "Muon for the matrices of the layers, AdamW for the rest. torch 2.9 or newer."}
+        default=False,
+        metadata={"help": "Use Muon for the matrices of the layers, AdamW for the rest. Needs torch 2.9."},
     )
-    predict_with_generate: bool = field(default=True, metadata={"help": "As in the published scripts: always so."})
+    predict_with_generate: bool = field(default=True, metadata={"help": "Always true, as in the published scripts."})
 
 
 def answer_help(doc: str, *dataclasses: type, args: Sequence[str] | None = None):
-    """Ends the program with the options of this package where `--help` is asked for."""
+    """Ends the program with the options of this package if `--help` is asked for."""
     if {"-h", "--help"} & set(sys.argv[1:] if args is None else args):
         print(short_help(doc, dataclasses))
         raise SystemExit
 
 
 def short_help(doc: str, dataclasses: Sequence[type]) -> str:
-    """Returns the options that this package adds to the library's, and how to see all."""
+    """Returns the help of the options that this package adds, and how to list all."""
     lines = [
         doc.strip(),
         "",
@@ -124,10 +134,10 @@ def short_help(doc: str, dataclasses: Sequence[type]) -> str:
     lines += [
         "  --config FILE            YAML with any of the options; the command line wins",
         "  --model NAME             a checkpoint folder, or OWNER/NAME on the Hub (--model_name_or_path)",
-        "  --output FOLDER          for the results; goes on with what is there (--output_dir)",
+        "  --output FOLDER          folder for results; a run in it is continued (--output_dir)",
         "  --quantization KIND      int4 or int8: quantize the frozen weights (--quantization_bit)",
         "  --device DEVICE          cpu, or what the machine has (--use_cpu)",
-        "  --dtype TYPE             of the weights: auto, float32, bfloat16, float16",
+        "  --dtype TYPE             type of the weights: auto, float32, bfloat16, float16",
     ]
     hidden = {"model_name_or_path", "output_dir", "quantization_bit", "dtype"}
     for kind in dataclasses:

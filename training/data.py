@@ -1,10 +1,10 @@
 """
-From rows of data to token ids and labels, as the fine-tuning script published with ChatGLM2-6B makes them.
+Turns rows of data into token ids and labels, as the fine-tuning script published with ChatGLM2-6B does.
 
-A row holds one of
+A row has one of these forms:
 
-- a prompt, its response and, if a column is named for it, the history, a list of [query, answer]: the response is learned;
-- messages, as in `{"messages": [{"role": "user", "content": "..."}, ...]}`: every answer is learned;
+- a prompt, its response and, if a column is named for it, the history (a list of [query, answer]). The loss is on the response.
+- messages, as in `{"messages": [{"role": "user", "content": "..."}, ...]}`. The loss is on every answer.
 - a text, for pretraining.
 
 training/rows.py reads them.
@@ -48,12 +48,12 @@ def read(args: DataArguments, split: str, limit: int | None = None, documents: b
 
     Args:
         split: "train", "validation" or "test". Rows of "test" need no response.
-        limit: Rows to read, the first ones.
-        documents: Whether they are texts (`text_column`) rather than dialogues.
+        limit: Read only this many rows, the first ones.
+        documents: Whether the rows are texts (`text_column`), not dialogues.
 
     Raises:
-        ValueError: if there is no such data, it is not UTF-8 or not in its format, is without rows or without a column, or
-            a row cannot be read.
+        ValueError: if the data do not exist, are not UTF-8 or not in their format, have no rows or lack a column, or a row
+            cannot be read.
     """
     path = getattr(args, f"{split}_file")
     if path is None and args.dataset_name:
@@ -63,7 +63,7 @@ def read(args: DataArguments, split: str, limit: int | None = None, documents: b
         options = dict(fn_kwargs={"columns": columns}, features=FORMS[form], remove_columns=rows.column_names)
         found = chosen.map(read_row, with_indices=True, load_from_cache_file=not args.overwrite_cache, **options)
     elif path is None:
-        raise ValueError(f"There is no data for this: give a --{split}-file, or a --dataset-name with that split.")
+        raise ValueError(f"There is no {split} data: pass --{split}-file, or --dataset-name with that split.")
     else:
         file_format(path)
         first = next(read_file(path), None)
@@ -84,7 +84,7 @@ def read(args: DataArguments, split: str, limit: int | None = None, documents: b
 
 def choose_columns(args: DataArguments, found: list[str], is_test: bool, documents: bool) -> tuple[Columns, str]:
     """
-    Returns which columns are read, and the form of the rows that they give.
+    Returns the columns to read, and the form of the rows.
 
     Raises:
         ValueError: if a column is missing.
@@ -110,16 +110,16 @@ def choose_columns(args: DataArguments, found: list[str], is_test: bool, documen
         system = system if prompt == "instruction" else None
         columns, form = Columns(None, None, prompt, added, response, history, system), "pair"
     if columns != Columns(prompt="prompt", response="response"):
-        logger.warning(f"Read are the columns {', '.join(name for name in columns if name)}.")
+        logger.warning(f"Columns that are read: {', '.join(name for name in columns if name)}.")
     if left := unread(found, columns):
         logger.warning(
-            f"Not read are the columns {', '.join(left)}: name a column to read with --history-column or --input-column."
+            f"Columns that are not read: {', '.join(left)}. To read one, pass --history-column or --input-column."
         )
     return columns, form
 
 
 class Example(NamedTuple):
-    """Token ids, the label that follows at each place, and whether they are whole, cut or empty."""
+    """Token ids, the label at each position (the next token), and whether the example is whole, cut or empty."""
 
     input_ids: list[int]
     labels: list[int]
@@ -130,8 +130,8 @@ def encode_prompt(tokenizer, query: str, history: Sequence, max_length: int) -> 
     """
     Returns the ids of the published prompt, and whether they are whole or cut.
 
-    The published script cuts a long prompt at its end, by which the query is lost. Here the oldest rounds go, and then
-    the beginning of the query.
+    The published script cuts the end of a long prompt, and so loses the query. Here the oldest rounds are removed first,
+    then the beginning of the query.
     """
     history = list(history or [])
     ids, outcome = tokenizer.encode(tokenizer.build_prompt(query, history)), WHOLE
@@ -146,9 +146,9 @@ def encode_prompt(tokenizer, query: str, history: Sequence, max_length: int) -> 
 
 def encode_response(tokenizer, query: str, response: str, history: Sequence, args: DataArguments) -> Example:
     """
-    The published encoding: the prompt with its history in one, the response on its own, `</s>`. Only the response and
-    `</s>` are learned. What is cut from a response is not followed by `</s>`, unlike in the published script, for answers
-    to be ended only where they end.
+    The published encoding: the prompt with its history together, the response separately, `</s>`. The loss is on the
+    response and `</s>`. Unlike in the published script, a response that was cut gets no `</s>`, so that the model learns to
+    stop only at the end of an answer.
     """
     if not query.strip() or not response.strip():
         return Example([], [], EMPTY)
@@ -168,11 +168,11 @@ def encode_dialogue(tokenizer, messages: list[dict], args: DataArguments) -> Exa
 
 def encode_rounds(tokenizer, rounds: list[list], args: DataArguments) -> Example:
     """
-    All rounds in one, as `chat` leaves them in its cache, where an answer is not followed by `</s>` but by the next
-    round. Its answers are learned, and `</s>` after each. Rounds that do not fit are left out.
+    Encodes all rounds together, as `chat` has them in its cache: there an answer is followed by the next round, not by
+    `</s>`. The loss is on the answers and on `</s>` after each. Rounds that do not fit are left out.
 
     Args:
-        rounds: [query, answer] each; a last query without an answer (None) is left out.
+        rounds: List of [query, answer]. A last query without an answer (None) is left out.
     """
     ids, labels = list(tokenizer.get_prefix_tokens()), [IGNORED] * 2
     outcome, last = EMPTY, IGNORED
@@ -203,7 +203,7 @@ def encode_rounds(tokenizer, rounds: list[list], args: DataArguments) -> Example
 
 def encode(rows: Dataset, tokenizer, args: DataArguments) -> Dataset:
     """
-    Returns rows of `input_ids` and `labels` to learn answers from, and says how many rows were empty or had to be cut.
+    Returns rows of `input_ids` and `labels`, and logs the number of truncated and empty rows.
 
     Args:
         rows: As `read` returns them.
@@ -221,7 +221,7 @@ def encode(rows: Dataset, tokenizer, args: DataArguments) -> Dataset:
 
 
 def to_answer(row: dict) -> tuple[str, str | None, list]:
-    """Returns the query of a row to answer, the response to compare with (None if it has none) and the rounds before."""
+    """Returns the query of a row, the response to compare with (None if there is none), and the earlier rounds."""
     if "rounds" in row:
         *history, (query, response) = row["rounds"] or [["", None]]
         return query, response, history
@@ -230,8 +230,8 @@ def to_answer(row: dict) -> tuple[str, str | None, list]:
 
 def encode_texts(rows: Dataset, tokenizer, args: DataArguments, max_length: int) -> Dataset:
     """
-    Returns rows for the mixed objective: `input_ids`, a document without special tokens, or a piece of one that is longer
-    than `max_length`; and `ends`, whether the document ends there.
+    Returns rows for the mixed objective: `input_ids` of a document without special tokens, or of a piece of a document that is
+    longer than `max_length`; and `ends`, whether the document ends there.
     """
 
     def encode_row(row: dict) -> dict:
@@ -278,16 +278,16 @@ def keep_what_can_be_learned(rows: Dataset, limit: str = "") -> Dataset:
             "raise max_source_length or max_target_length to keep long ones whole."
         )
     if outcomes[EMPTY]:
-        logger.warning(f"{outcomes[EMPTY]:,} of {len(rows):,} rows are left out: nothing in them can be learned.")
+        logger.warning(f"{outcomes[EMPTY]:,} of {len(rows):,} rows are left out: they have nothing to train on.")
     if outcomes[EMPTY] == len(rows):
-        raise ValueError("No row of the data can be learned from: all are empty, or cut before their answers.")
+        raise ValueError("No row of the data can be used: all are empty, or are cut before their answers.")
     kept = [i for i, outcome in enumerate(rows["outcome"]) if outcome != EMPTY]
     return rows.select(kept).remove_columns("outcome")
 
 
 @dataclass
 class PackedExamples:
-    """A collator: examples in, rows of at most `block_size` tokens out, in which examples do not see each other."""
+    """A collator that packs examples into rows of at most `block_size` tokens. They cannot attend to each other."""
 
     tokenizer: object
     block_size: int

@@ -3,7 +3,7 @@ Looks for copies and near copies of evaluation prompts in training data:
 
     python -m training.leaks build/tiny/texts.jsonl build/tiny/dialogues.jsonl
 
-Ends with status 1, and says where, if the prompts of training/prompts.json or sentences to translate in them are there.
+If a prompt of training/prompts.json, or a sentence that one asks to translate, is found, it is printed and the exit code is 1.
 """
 
 import functools
@@ -25,25 +25,25 @@ HAN = re.compile(r"[\u3400-\u9fff]")
 
 def read_prompts(path: Path = PROMPTS) -> list[dict]:
     """
-    Returns prompts: `kind`, `language`, `queries` (several for a dialogue of several rounds); of translations `source`, the
-    sentence to translate; of some others `about`, what the answer must hold.
+    Returns prompts with `kind`, `language` and `queries` (several for a dialogue of several rounds). Translations also have
+    `source`, the sentence to translate; some others have `about`, what the answer must contain.
     """
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def characters(text: str) -> str:
-    """Letters and digits alone, in one case and width: what a copy may not differ in."""
+    """Returns only letters and digits, in one case and width. Copies are compared by these."""
     return "".join(c for c in unicodedata.normalize("NFKC", text).casefold() if c.isalnum())
 
 
 def words(text: str) -> tuple[str, ...]:
-    """Words, and each Chinese character as one, in sorted order."""
+    """Returns the words in sorted order. Each Chinese character is a word."""
     text = HAN.sub(r" \g<0> ", unicodedata.normalize("NFKC", text).casefold())
     return tuple(sorted(WORD.findall(text)))
 
 
 def distance_within(pattern: str, text: str) -> int:
-    """Returns the fewest edits that make `pattern` of a part of `text` (Myers 1999; Hyyrö 2003, for parts)."""
+    """Returns the smallest number of edits that turn a part of `text` into `pattern` (Myers 1999; Hyyrö 2003)."""
     places = {}
     for i, c in enumerate(pattern):
         places[c] = places.get(c, 0) | 1 << i
@@ -64,8 +64,8 @@ def distance_within(pattern: str, text: str) -> int:
 
 class LeakFinder:
     """
-    Finds near copies of prompts: a part of a text that is a prompt but for `NEAR` of its characters (case, width, spaces and
-    punctuation aside), or a sentence of the same words in another order.
+    Finds near copies of prompts: a part of a text that differs from a prompt in at most a share of `NEAR` of its characters
+    (ignoring case, width, spaces and punctuation), or a sentence with the same words in another order.
     """
 
     def __init__(self, prompts: Iterable[dict]):
@@ -105,7 +105,7 @@ class LeakFinder:
 
 def main():
     parser = Parser(__doc__)
-    parser.add_argument("files", nargs="+", type=Path, help="JSON lines with a text or messages each")
+    parser.add_argument("files", nargs="+", type=Path, help="JSON lines, each with a text or messages")
     finder, leaks = LeakFinder(read_prompts()), 0
     for path in parser.parse_args().files:
         with path.open(encoding="utf-8") as lines:
@@ -114,7 +114,7 @@ def main():
                     leaks += 1
                     print(f"{path}, line {number}: near {prompt!r}")
     if leaks:
-        raise SystemExit(f"{leaks} rows have a near copy of a prompt of the evaluation. Leave them out of the data.")
+        raise SystemExit(f"{leaks} rows have a near copy of a prompt of the evaluation. Remove them from the data.")
     print("No row has a near copy of a prompt of the evaluation.")
 
 

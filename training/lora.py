@@ -1,9 +1,9 @@
 """
-Fine-tunes low-rank adapters (LoRA, arXiv 2106.09685) with PEFT, also on quantized weights (QLoRA, arXiv 2305.14314):
+Trains low-rank adapters (LoRA, arXiv 2106.09685) with PEFT, also on quantized weights (QLoRA, arXiv 2305.14314):
 
     python -m training.lora --model PATH --train-file train.json --output output
-    python -m training.lora ... --quantization int4        # the published INT4
-    python -m training.lora ... --load-in_4bit              # bitsandbytes' NF4
+    python -m training.lora ... --quantization int4         # on INT4 in the published format
+    python -m training.lora ... --load-in-4bit              # on bitsandbytes' NF4
 
 See docs/training.md.
 """
@@ -15,14 +15,14 @@ from .arguments import DataArguments, ModelOptions, RecipeOptions, answer_help
 
 @dataclass
 class LoraOptions(ModelOptions):
-    """By default adapters on `query_key_value` (PEFT's choice for this architecture), and the checkpoint's own dtype."""
+    """Defaults: adapters on `query_key_value`, as PEFT does for this architecture, and the checkpoint's own dtype."""
 
     dtype: str | None = "auto"
     use_peft: bool = True
 
 
 if __name__ == "__main__":
-    answer_help(__doc__, LoraOptions, DataArguments, RecipeOptions)  # before the imports below, which take seconds
+    answer_help(__doc__, LoraOptions, DataArguments, RecipeOptions)  # before the slow imports below
 
 
 import warnings
@@ -45,14 +45,15 @@ class LoraArguments(LoraOptions, ModelArguments):
     def __post_init__(self):
         super().__post_init__()
         if not self.use_peft:
-            raise ValueError("LoRA takes PEFT. To fine-tune all weights, run training.sft.")
+            raise ValueError("training.lora always uses PEFT. To fine-tune all weights, run training.sft.")
 
 
 def main(argv=None):
     model_args, data_args, args = parse(__doc__, LoraArguments, DataArguments, RecipeArguments, args=argv)
     if args.do_predict and not (args.do_train or data_args.train_file):
         raise ValueError(
-            "Nothing is trained that could answer: merge the adapter (conversion.merge_lora), and run training.sft."
+            "There is no training file, and training.lora cannot load an adapter to answer with. Merge the adapter "
+            "(conversion.merge_lora), and run training.sft --do-predict."
         )
     splits = read_splits(model_args, data_args, args)
     with output_folder(args):
@@ -69,7 +70,7 @@ def main(argv=None):
 
 
 def write_card(model_args: LoraArguments, data_args: DataArguments, args: RecipeArguments):
-    """Fills in the model card of the adapter, which PEFT leaves as a form, beside PEFT's metadata."""
+    """Replaces the text of the model card that PEFT writes, which is an empty form. PEFT's metadata is kept."""
     path = Path(args.output_dir, "README.md")
     card = ModelCard.load(path)
     data = Path(data_args.train_file).name if data_args.train_file else data_args.dataset_name
@@ -90,7 +91,7 @@ def write_card(model_args: LoraArguments, data_args: DataArguments, args: Recipe
 |---|---|
 {rows}
 
-The loss over the steps is in `curve.png`. To use the adapter:
+`curve.png` shows the loss. To use the adapter:
 
 ```python
 from peft import PeftModel
@@ -98,7 +99,7 @@ from peft import PeftModel
 model = PeftModel.from_pretrained(model, "path/to/this/folder")
 ```
 
-To merge it into the weights: `chatglm2 convert merge_lora --adapter path/to/this/folder --output merged`.
+To merge it into the weights, run `chatglm2 convert merge_lora --adapter path/to/this/folder --output merged`.
 """
     card.save(path)
 

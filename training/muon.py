@@ -1,6 +1,6 @@
 """
-Muon for the matrices of the layers (Jordan et al. 2024, kellerjordan.github.io/posts/muon), AdamW for all other weights: an
-optimizer for pretraining from random weights.
+An optimizer for pretraining from random weights: Muon for the matrices of the layers (Jordan et al. 2024,
+kellerjordan.github.io/posts/muon), and AdamW for all other weights.
 """
 
 import torch
@@ -9,12 +9,12 @@ from torch import nn
 
 class MuonWithAdamW(torch.optim.Optimizer):
     """
-    Both optimizers of torch as one, so that a scheduler and a checkpoint see one. Muon's updates are scaled to the size of
-    AdamW's (`match_rms_adamw`): one learning rate and one weight decay fit both.
+    Combines both optimizers of torch, so that schedulers and checkpoints see only one. Muon's updates are scaled to the
+    size of AdamW's (`match_rms_adamw`), so that both can use the same learning rate and weight decay.
 
     Args:
-        model: Its trainable matrices, but for those of the embedding and the output layer, are Muon's.
-        adamw: Of `torch.optim.AdamW`: betas and eps.
+        model: Muon trains its trainable matrices, except those of the embedding and the output layer.
+        adamw: Options of `torch.optim.AdamW`: betas and eps.
 
     Raises:
         ValueError: if this torch has no Muon.
@@ -38,7 +38,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self.share()
 
     def share(self):
-        """The groups, whose learning rate a scheduler sets, are the same objects in the parts and in the whole."""
+        """Shares the parameter groups, whose learning rate a scheduler sets, between the parts and the whole."""
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
     @torch.no_grad()

@@ -7,9 +7,9 @@ Each document is turned, at random, into one of three tasks:
 - sentences: the same with whole sentences and `[sMASK]`;
 - document: `[gMASK] sop` and the text, whose last part is to be generated, and then `</s>`. That is the form of a chat.
 
-Only what was cut out is predicted. In ChatGLM2's form, everything is under one causal mask and has one sequence of positions.
-With `bidirectional=True` the context sees all of itself, as in the first generation. Its positions of two levels are not
-offered: ChatGLM2's rotary embedding has one position a token, so that no checkpoint could use them.
+The loss is only on what was cut out. As in ChatGLM2, the mask is causal everywhere and positions are counted once through the row.
+With `bidirectional=True` the context can attend to all of itself, as in the first generation. Its two-dimensional positions are
+not offered: ChatGLM2's rotary embedding has one position per token, so no checkpoint could use them.
 """
 
 import re
@@ -26,7 +26,7 @@ END_OF_SENTENCE = re.compile(r"[。！？!?；;…\n.]\s*$")
 
 
 class Sample(NamedTuple):
-    """A document as it is trained on: ids, the label that follows at each place, and how many ids are context."""
+    """A training sample: ids, the label at each position (the next token), and the number of ids that are context."""
 
     ids: list[int]
     labels: list[int]
@@ -36,19 +36,18 @@ class Sample(NamedTuple):
 @dataclass
 class MixedObjective:
     """
-    The collator: documents in, packed rows out.
+    The collator: turns documents into packed rows.
 
     Args:
         tokenizer: ChatGLM2's.
-        block_size: Tokens of a row, at most. Longer documents are cut into several.
-        blanks, sentences, document: How often each task is drawn. By default as GLM-130B was trained: 30 % blanks, 70 %
-            document.
-        masked_share: Of the tokens, how many are cut out as blanks or sentences (15 %, both papers).
-        mean_span: Mean length of a blank; lengths are Poisson (3, both papers).
-        min_document: The least share of a document that is to be generated; the share is uniform from this to 1 (a half, GLM).
-        bidirectional: Whether the context sees all of itself. Takes a mask of `[rows, 1, n, n]`.
+        block_size: Largest number of tokens of a row. Longer documents are cut into several.
+        blanks, sentences, document: Share of each task. The defaults are those of GLM-130B: 30 % blanks, 70 % document.
+        masked_share: Share of the tokens that are cut out as blanks or sentences (15 %, both papers).
+        mean_span: Mean of the Poisson-distributed lengths of blanks (3, both papers).
+        min_document: Smallest share of a document that is predicted. The share is uniform from this to 1 (a half, GLM).
+        bidirectional: Whether the context can attend to all of itself. Needs a mask of `[rows, 1, n, n]`.
 
-    A row's draws depend on its `seed` alone, so that a run that is resumed, or split among processes, draws the same.
+    The random choices for a row depend only on its `seed`, so a run that is resumed or distributed makes the same ones.
     """
 
     tokenizer: object
@@ -64,7 +63,7 @@ class MixedObjective:
     def __post_init__(self):
         shares = {name: getattr(self, name) for name in TASKS}
         if min(shares.values()) < 0 or not sum(shares.values()) > 0:
-            raise ValueError(f"The shares of the tasks must not be negative, nor all be 0, got {shares}.")
+            raise ValueError(f"The shares of the tasks must not be negative, and not all 0, got {shares}.")
         if not 0 < self.masked_share < 1:
             raise ValueError(f"masked_share must be between 0 and 1, got {self.masked_share}.")
         if not self.mean_span > 0:
@@ -83,7 +82,7 @@ class MixedObjective:
                 ends with that (true by default).
 
         Returns:
-            What `to_batch` makes; with `bidirectional`, the `attention_mask` too, true where attended.
+            The result of `to_batch`; with `bidirectional` also the `attention_mask`, true where attended.
         """
         samples = [
             sample
@@ -97,7 +96,7 @@ class MixedObjective:
         return batch
 
     def samples(self, ids: list[int], seed: int, ends: bool = True) -> Iterator[Sample]:
-        """Draws a task for a document, and makes a sample of it; or several, if it is longer than a row with the task."""
+        """Draws a task for a document and makes a sample from it, or several if it does not fit into one row."""
         shares = torch.tensor([self.blanks, self.sentences, self.document], dtype=torch.float)
         generator = torch.Generator().manual_seed(seed)
         begin = 0
@@ -128,8 +127,8 @@ class MixedObjective:
     ) -> Sample:
         """
         Args:
-            spans: Where to cut, (begin, end), in order and apart.
-            mask: The token that replaces each.
+            spans: What to cut out: (begin, end) in order, not adjacent.
+            mask: The token that replaces each span.
         """
         context, begin = [], 0
         for span_begin, span_end in spans:
@@ -144,7 +143,7 @@ class MixedObjective:
         return Sample(tokens, labels, len(context))
 
     def draw_blanks(self, ids: list[int], generator: torch.Generator) -> list[tuple[int, int]]:
-        """Draws spans with Poisson lengths of `masked_share` of the tokens in all, with a token or more between them."""
+        """Draws spans with Poisson lengths, `masked_share` of the tokens together, with at least one token between them."""
         budget = round(len(ids) * self.masked_share)
         lengths = []
         while budget > 0:
@@ -164,7 +163,7 @@ class MixedObjective:
         return spans
 
     def draw_sentences(self, ids: list[int], generator: torch.Generator) -> list[tuple[int, int]]:
-        """Draws whole sentences of about `masked_share` of the tokens, one at least; none of a text of fewer than three."""
+        """Draws whole sentences with about `masked_share` of the tokens, at least one; none if there are fewer than three."""
         sentences = split_sentences(self.tokenizer, ids)
         if len(sentences) < 3:
             return []
@@ -180,7 +179,7 @@ class MixedObjective:
 
 
 def split_sentences(tokenizer, ids: list[int]) -> list[tuple[int, int]]:
-    """Returns where sentences begin and end among `ids`; a token that ends one and begins the next goes to the first."""
+    """Returns the beginnings and ends of sentences in `ids`. A token that belongs to two sentences goes to the first."""
     ends_sentence = [bool(END_OF_SENTENCE.search(tokenizer.decode([token], skip_special_tokens=True))) for token in ids]
     spans, begin = [], 0
     for i, ends in enumerate(ends_sentence):
@@ -191,7 +190,7 @@ def split_sentences(tokenizer, ids: list[int]) -> list[tuple[int, int]]:
 
 
 def pack(samples: list[Sample], block_size: int) -> list[list[Sample]]:
-    """Puts samples into rows of at most `block_size` tokens: each into the first that has room, the longest first."""
+    """Packs samples into rows of at most `block_size` tokens: the longest first, each into the first row with room."""
     rows, room = [], []
     for sample in sorted(samples, key=lambda sample: -len(sample.ids)):
         fitting = next((i for i, left in enumerate(room) if len(sample.ids) <= left), None)
@@ -206,8 +205,8 @@ def pack(samples: list[Sample], block_size: int) -> list[list[Sample]]:
 
 def to_batch(rows: list[list[Sample]], pad_token_id: int) -> dict[str, torch.Tensor]:
     """
-    Returns `input_ids`, `labels` and `position_ids`, each `[rows, n]`. Positions start at 0 with each sample, by which the
-    mask keeps them apart.
+    Returns `input_ids`, `labels` and `position_ids`, each `[rows, n]`. Positions start at 0 in each sample, so the mask can
+    separate the samples.
     """
     length = max(sum(len(sample.ids) for sample in row) for row in rows)
     batch = {
@@ -227,7 +226,7 @@ def to_batch(rows: list[list[Sample]], pad_token_id: int) -> dict[str, torch.Ten
 
 
 def context_mask(rows: list[list[Sample]], length: int) -> torch.BoolTensor:
-    """Returns `[rows, 1, length, length]`, true where attended: causal within each sample, all of the context to itself."""
+    """Returns `[rows, 1, length, length]`, true where attended: causal within each sample, full within its context."""
     mask = torch.zeros(len(rows), 1, length, length, dtype=torch.bool)
     for i, row in enumerate(rows):
         begin = 0

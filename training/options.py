@@ -1,4 +1,4 @@
-"""The options that the recipes share, and what loads a model by them."""
+"""The options that the recipes share, and loading a model by them."""
 
 import sys
 from collections.abc import Sequence
@@ -46,7 +46,7 @@ GONE = {
 
 @dataclass
 class ModelArguments(ModelOptions, ModelConfig):
-    """TRL's, with the published names of what it does not have."""
+    """TRL's `ModelConfig`, and published options that it lacks."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -62,7 +62,7 @@ class ModelArguments(ModelOptions, ModelConfig):
             self.distributed_config()
 
     def distributed_config(self):
-        """Returns what divides the model among `fsdp_size` processes; raises ValueError where the library cannot."""
+        """Returns the configuration that splits the model over `fsdp_size` processes. Raises ValueError if the library cannot."""
         try:
             from transformers.distributed import DistributedConfig
 
@@ -77,7 +77,7 @@ class ModelArguments(ModelOptions, ModelConfig):
         if self.quantization_bit or self.load_in_4bit or self.load_in_8bit:
             raise ValueError(
                 f"Quantized weights are frozen, and {what} cannot be trained: run training.lora or training.ptuning on "
-                "them, or leave out --quantization, --load-in_4bit and --load-in_8bit."
+                "them, or leave out --quantization, --load-in-4bit and --load-in-8bit."
             )
 
 
@@ -93,7 +93,7 @@ class RecipeArguments(RecipeOptions, TrainingArguments):
                 setattr(self, new, getattr(self, old))
         super().__post_init__()
         if not self.predict_with_generate:
-            raise ValueError("Predictions are always generated: leave --predict-with-generate out.")
+            raise ValueError("Predictions are always generated. Leave --predict-with-generate out.")
 
 
 # Names that all commands of this package have, and the Trainer's
@@ -103,8 +103,8 @@ CONFIGS = Path(__file__).with_name("configs")
 
 def parse(doc: str, *dataclasses, args: Sequence[str] | None = None) -> tuple:
     """
-    Reads the command line and the YAML file of `--config`, whose values the command line overrides. A file that is not in
-    the working directory may be one of `training/configs`, and the data file that it names one of this repository.
+    Reads the command line and the YAML file of `--config`; the command line wins. A file that does not exist in the working
+    directory is looked for in `training/configs`, and the data files that it names in this repository.
     """
     answer_help(doc, *dataclasses, args=args)
     args = translate(sys.argv[1:] if args is None else list(args))
@@ -135,7 +135,7 @@ def parse(doc: str, *dataclasses, args: Sequence[str] | None = None) -> tuple:
 
 
 def translate(args: Sequence[str]) -> list[str]:
-    """Returns the command line with the Trainer's names of options, underscores for hyphens, and values apart."""
+    """Returns the command line with the Trainer's option names, underscores instead of hyphens, and separate values."""
     words = []
     for arg in args:
         if not arg.startswith("--"):
@@ -161,10 +161,10 @@ def translate(args: Sequence[str]) -> list[str]:
 
 def trainers_name(name: str, value) -> tuple:
     """
-    Returns what the Trainer or the published scripts call an option, and its value there; (None, None) for a default.
+    Returns the name and value of an option for the Trainer or the published scripts; (None, None) for a default.
 
     Raises:
-        ValueError: if the value is none of those that the option takes.
+        ValueError: if the option does not allow the value.
     """
     name = name.replace("-", "_")
     if name == "quantization":
@@ -187,7 +187,7 @@ def read_config(path: str = "") -> dict:
     path = next((file for file in (Path(path), CONFIGS / path) if file.is_file()), None) or missing_config(path)
     values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold one option a line, `name: value` (--config).")
+        raise ValueError(f"{path} must have one option per line, `name: value` (--config).")
     values = dict(trainers_name(str(name), value) for name, value in values.items())
     values.pop(None, None)
     for name in ("train_file", "validation_file", "test_file"):
@@ -201,7 +201,7 @@ def missing_config(path: str):
 
 
 def explain(name: str) -> str:
-    """Says of an unknown option what became of it."""
+    """Explains an unknown option."""
     return f"--{name} is no option any more: {GONE[name]}" if name in GONE else f"There is no option --{name}."
 
 
@@ -209,11 +209,11 @@ def load(
     args: ModelArguments, dtype: str | None = None, may_lack: tuple[str, ...] = (), **config
 ) -> tuple[PreTrainedModel, object]:
     """
-    Returns the model and its tokenizer, whose padding is on the right, as the published script trains.
+    Returns the model and its tokenizer, which pads on the right as in the published script.
 
     Args:
-        dtype: Instead of the one in `args`.
-        may_lack: Parts of the names of weights that the checkpoint need not have.
+        dtype: Overrides the one in `args`.
+        may_lack: Weights that may be missing, by parts of their names.
         config: Fields of the configuration to change.
 
     Raises:
@@ -228,7 +228,9 @@ def load(
     is_quantized = args.quantization_bit or args.load_in_4bit or getattr(config, "quantization_config", None)
     is_half = dtype in (None, "auto") and config.dtype == torch.float16
     if is_half and not is_quantized and not torch.accelerator.is_available():
-        logger.warning("The weights are loaded in float32: CPUs compute many times slower in float16 (--dtype).")
+        logger.warning(
+            "The weights are loaded in float32, because float16 is many times slower on CPUs (--dtype overrides this)."
+        )
         dtype = "float32"
     options = dict(dtype=dtype, attn_implementation=args.attn_implementation)
     if args.model_name_or_path is None:

@@ -1,4 +1,4 @@
-"""Whether a model is trained with autocast to bfloat16, where the user does not say."""
+"""Decides whether to train with autocast to bfloat16, if the user does not say."""
 
 import time
 from pathlib import Path
@@ -20,10 +20,10 @@ ENOUGH = 0.75  # of the time in float32: less must be gained to be worth the rou
 
 def choose_bf16(model: PreTrainedModel, args, checkpoint: str | None):
     """
-    Sets `args.bf16` where it is None: on a CPU by measuring, or as the run had it that is resumed; elsewhere to False.
+    Sets `args.bf16` if it is None: on a CPU by a measurement, or as in the run that is resumed; otherwise to False.
 
     Args:
-        checkpoint: The one to go on from.
+        checkpoint: The checkpoint to resume from.
     """
     if args.bf16 is not None:
         return
@@ -41,7 +41,7 @@ def choose_bf16(model: PreTrainedModel, args, checkpoint: str | None):
 
 
 def is_faster_in_bf16(model: PreTrainedModel) -> bool:
-    """Measures the largest layer of a model in float32, for some milliseconds. Of other models, quantized ones too, False."""
+    """Measures the largest layer of a float32 model for some milliseconds. Returns False for other and quantized models."""
     if model.config.hidden_size < NARROW or any(p.dtype != torch.float32 for p in model.parameters()):
         return False
     layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
@@ -50,7 +50,7 @@ def is_faster_in_bf16(model: PreTrainedModel) -> bool:
 
 
 def step_time(layer: nn.Linear, bf16: bool) -> float:
-    """Returns the seconds of a forward and a backward, the fewest of four."""
+    """Returns the seconds of a forward and backward pass, the best of four."""
     inputs = torch.ones(TOKENS, layer.in_features, requires_grad=True)
     learned = [inputs, *(weight for weight in layer.parameters() if weight.requires_grad)]
     times = []

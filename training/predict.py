@@ -1,4 +1,4 @@
-"""Answers to the prompts of a test file, and their ROUGE and BLEU as the published script computes them."""
+"""Answers the prompts of a test file, and computes ROUGE and BLEU as the published script does."""
 
 import json
 from collections.abc import Sequence
@@ -14,11 +14,11 @@ from .data import DataArguments, encode_prompt
 
 def predict(model, tokenizer, rounds: list[tuple], data_args: DataArguments, args) -> dict[str, float]:
     """
-    Writes the greedy answers to `generated_predictions.txt`, a line of JSON each, and the scores to
+    Writes the greedy answers to `generated_predictions.txt`, one line of JSON each, and the scores to
     `predict_results.json`, both in `args.output_dir`.
 
     Args:
-        rounds: (query, response, history), each; only those that have a response, which is not None, are scored.
+        rounds: List of (query, response, history). Only rounds with a response (not None) are scored.
     """
     prompts = [encode_prompt(tokenizer, query, history, data_args.max_source_length)[0] for query, _, history in rounds]
     answers = generate(model, tokenizer, prompts, args.per_device_eval_batch_size, args.max_new_tokens)
@@ -33,7 +33,7 @@ def predict(model, tokenizer, rounds: list[tuple], data_args: DataArguments, arg
     scores = score(*zip(*pairs)) if pairs else {}
     metrics = {f"predict_{name}": value for name, value in scores.items()} | {"predict_samples": len(answers)}
     if len(pairs) < len(answers):
-        print(f"{len(answers) - len(pairs):,} of {len(answers):,} rows have no response, and are not scored.")
+        print(f"{len(answers) - len(pairs):,} of {len(answers):,} rows have no response and are not scored.")
     write_json(output / "predict_results.json", metrics)
     print("\n".join(f"{name} = {value}" for name, value in metrics.items()))
     return metrics
@@ -41,7 +41,7 @@ def predict(model, tokenizer, rounds: list[tuple], data_args: DataArguments, arg
 
 @torch.inference_mode()
 def generate(model, tokenizer, prompts: list[list[int]], batch_size: int, max_new_tokens: int) -> list[str]:
-    """Returns the greedy answer to each prompt, a list of ids; prompts of like length go together."""
+    """Returns the greedy answer to each prompt as ids. Batches have prompts of similar length."""
     model.eval()
     answers = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))

@@ -1,9 +1,9 @@
 """
-Pretrains with GLM's mixed objective, from new random weights or a model's:
+Pretrains with GLM's mixed objective, from new random weights or from a model:
 
     python -m training.pretrain --model PATH --train-file texts.jsonl --output output
 
-Each row holds a document (`--text-column`). See docs/training.md.
+Each row is a document (`--text-column`). See docs/training.md.
 """
 
 from dataclasses import dataclass, field
@@ -13,9 +13,11 @@ from .arguments import DataArguments, ModelOptions, RecipeOptions, answer_help
 
 @dataclass
 class ObjectiveArguments(DataArguments):
-    """The data, and how often each task of the mixed objective is drawn: by default as GLM-130B was trained."""
+    """The data, and the share of each task of the mixed objective. The defaults are those of GLM-130B."""
 
-    block_size: int = field(default=2048, metadata={"help": "Tokens of a row, into which documents are packed."})
+    block_size: int = field(
+        default=2048, metadata={"help": "Number of tokens of a row. Documents are packed into rows."}
+    )
     blanks: float = 0.3
     sentences: float = 0.0
     document: float = 0.7
@@ -26,9 +28,7 @@ class ObjectiveArguments(DataArguments):
 
 
 if __name__ == "__main__":
-    answer_help(
-        __doc__, ModelOptions, ObjectiveArguments, RecipeOptions
-    )  # before the imports below, which take seconds
+    answer_help(__doc__, ModelOptions, ObjectiveArguments, RecipeOptions)  # before the slow imports below
 
 
 import torch
@@ -43,7 +43,7 @@ from .trainer import RecipeTrainer, SetEpoch, evaluate, output_folder, train
 
 
 class Documents(torch.utils.data.Dataset):
-    """Documents with the seed of their draws, which the run, the epoch and the row determine."""
+    """Documents with the seed for their random choices, which depends on the run, the epoch and the row."""
 
     def __init__(self, rows, seed: int):
         self.rows, self.seed, self.epoch = rows, seed, 0
@@ -71,7 +71,7 @@ def main(argv=None):
 
 
 def pretrain(model, tokenizer, splits, model_args, data_args: ObjectiveArguments, args: RecipeArguments):
-    """Trains on the documents of `splits`, and evaluates on those held out if there are any."""
+    """Trains on the documents of `splits`, and evaluates on the held-out ones if there are any."""
     collator = MixedObjective(
         tokenizer,
         data_args.block_size,

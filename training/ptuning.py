@@ -1,10 +1,10 @@
 """
-Trains a prefix of keys and values (P-Tuning v2, Liu et al. 2022, arXiv 2110.07602) and saves it alone:
+Trains a prefix of keys and values (P-Tuning v2, Liu et al. 2022, arXiv 2110.07602) and saves only the prefix:
 
     python -m training.ptuning --model PATH --train-file train.json --pre-seq-len 128 --output output
     python -m training.ptuning --model PATH --ptuning-checkpoint output --test-file test.json --do-predict
 
-The prefix is in `pytorch_model.bin`, under the names that the published scripts use. See docs/training.md.
+The prefix is saved to `pytorch_model.bin`, with the names that the published scripts use. See docs/training.md.
 """
 
 from dataclasses import dataclass, field
@@ -17,13 +17,13 @@ class PrefixOptions(ModelOptions):
     """The published options."""
 
     dtype: str | None = "auto"
-    pre_seq_len: int = field(default=128, metadata={"help": "Positions of the prefix."})
+    pre_seq_len: int = field(default=128, metadata={"help": "Number of positions of the prefix."})
     prefix_projection: bool = field(default=False, metadata={"help": "Compute the prefix by an MLP."})
-    ptuning_checkpoint: str | None = field(default=None, metadata={"help": "A folder with a prefix to start from."})
+    ptuning_checkpoint: str | None = field(default=None, metadata={"help": "Folder with a prefix to start from."})
 
 
 if __name__ == "__main__":
-    answer_help(__doc__, PrefixOptions, DataArguments, RecipeOptions)  # before the imports below, which take seconds
+    answer_help(__doc__, PrefixOptions, DataArguments, RecipeOptions)  # before the slow imports below
 
 
 from pathlib import Path
@@ -65,7 +65,7 @@ class PrefixTrainer(RecipeTrainer):
 def main(argv=None):
     model_args, data_args, args = parse(__doc__, PrefixArguments, DataArguments, RecipeArguments, args=argv)
     if args.do_predict and not (args.do_train or data_args.train_file or model_args.ptuning_checkpoint):
-        raise ValueError("Nothing is trained that could answer: give a --train-file or a --ptuning-checkpoint.")
+        raise ValueError("There is no prefix to answer with: pass --train-file or --ptuning-checkpoint.")
     splits = read_splits(model_args, data_args, args)
     with output_folder(args):
         set_seed(args.seed)

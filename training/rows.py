@@ -1,12 +1,12 @@
 """
-Rows of data files, read as they were written and brought into one of three forms:
+Reads rows of data files, and brings them into one of three forms:
 
 - a pair, `{"query": text, "response": text or None, "history": [[query, answer], ...]}`;
-- a dialogue, `{"rounds": [[query, answer], ...]}`; an answer of None is not there (yet);
+- a dialogue, `{"rounds": [[query, answer], ...]}`; an answer of None is missing;
 - a document, `{"text": text}`.
 
-Files are read here rather than by `datasets`, which guesses types: of a CSV file it makes numbers and dates of texts, and of
-`NA` nothing.
+`datasets` is not used to read files, because it guesses types: in a CSV file it turns texts into numbers and dates, and `NA` into
+nothing.
 """
 
 import csv
@@ -26,7 +26,7 @@ ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assi
 
 
 class Columns(NamedTuple):
-    """Which column holds what; None where there is no such column."""
+    """The name of each column; None if there is no such column."""
 
     messages: str | None = None
     text: str | None = None
@@ -39,7 +39,7 @@ class Columns(NamedTuple):
 
 def file_format(path: str) -> str:
     """
-    Returns the ending that says how a file is read, one of `FORMATS`.
+    Returns the ending of a file, which decides how it is read: one of `FORMATS`.
 
     Raises:
         ValueError: if there is no such file, or it has another ending.
@@ -56,10 +56,10 @@ def file_format(path: str) -> str:
 
 def read_file(path: str) -> Iterator[dict]:
     """
-    Yields the rows of a file as they are written: those of CSV and TSV are all texts.
+    Yields the rows of a file unchanged. Cells of CSV and TSV are always texts.
 
     Raises:
-        ValueError: if the file is not there, not UTF-8, damaged, or not in its format; the message names the line or row.
+        ValueError: if the file is missing, not UTF-8, damaged, or not in its format. The message names the line or row.
     """
     kind = file_format(path)
     try:
@@ -74,7 +74,7 @@ def read_file(path: str) -> Iterator[dict]:
 
 
 def decoded(file: Iterable[bytes], path: str) -> Iterator[str]:
-    """Yields the lines of a file in UTF-8, without a byte order mark at its beginning."""
+    """Yields the lines of a UTF-8 file, without a byte order mark at the beginning."""
     for number, line in enumerate(file, start=1):
         try:
             yield line.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -83,7 +83,7 @@ def decoded(file: Iterable[bytes], path: str) -> Iterator[str]:
 
 
 def json_rows(lines: Iterator[str], path: str) -> Iterator[dict]:
-    """The objects of a list, or of lines."""
+    """Yields the objects of a list, or one object per line."""
     number, first = next(((n, line) for n, line in enumerate(lines, start=1) if line.strip()), (0, ""))
     if first.lstrip().startswith("["):
         rows = enumerate(parse(first + "".join(lines), path), start=1)
@@ -104,7 +104,7 @@ def parse(text: str, where: str):
         return json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(
-            f"{where} is not JSON: {error}. A file holds a list of objects, or one on each line."
+            f"{where} is not JSON: {error}. A file must have a list of objects, or one object per line."
         ) from error
 
 
@@ -144,21 +144,21 @@ def parquet_rows(path: str) -> Iterator[dict]:
 
 def read_rows(path: str, columns: Columns, limit: int | None = None, identity: tuple = ()) -> Iterator[dict]:
     """
-    Yields the rows of a file in the form that `columns` says.
+    Yields the rows of a file in the form that `columns` describes.
 
     Args:
-        limit: Rows to read, the first ones.
-        identity: Not read: what tells one state of the file from another where rows are cached.
+        limit: Read only this many rows, the first ones.
+        identity: Not used here. It identifies the state of the file where rows are cached.
 
     Raises:
-        ValueError: what `read_file` raises, or if a row cannot be read; the message has its number.
+        ValueError: as in `read_file`, or if a row cannot be read. The message has the number of the row.
     """
     for number, row in enumerate(islice(read_file(path), limit)):
         yield read_row(row, number, columns)
 
 
 def read_row(row: dict, number: int, columns: Columns) -> dict:
-    """Returns a row, the `number`th from 0, in the form that `columns` says."""
+    """Returns a row, the `number`th from 0, in the form that `columns` describes."""
     try:
         if columns.text:
             return {"text": as_text(cell(row, columns.text), columns.text)}
@@ -175,7 +175,7 @@ def cell(row: dict, column: str):
 
 def as_text(value, what: str) -> str:
     """
-    Returns a text, or the texts of a list of parts, `{"type": "text", "text": ...}`, as one; of None the empty text.
+    Returns a text, or the joined texts of a list of parts, `{"type": "text", "text": ...}`. None gives the empty text.
 
     Raises:
         ValueError: if it is something else.
@@ -198,7 +198,7 @@ def part_text(part, what: str) -> str:
 
 
 def as_list(value, what: str) -> list:
-    """Returns a list, also of the JSON of one, which is how CSV and TSV hold it; of None or nothing an empty one."""
+    """Returns a list, also from JSON text as in CSV and TSV. None and empty text give an empty list."""
     if isinstance(value, str) and value.strip():
         try:
             value = json.loads(value)
@@ -242,14 +242,14 @@ def begin_with(rounds: list[list], row: dict, columns: Columns):
 
 def to_rounds(messages: list) -> list[list]:
     """
-    Returns rounds of [query, answer]; the answer to a last query that nobody answers is None. A system message begins the
-    first query, as in the chat template.
+    Returns rounds of [query, answer]. If the last query has no answer, it is None. A system message is put before the first
+    query, as in the chat template.
 
     Args:
-        messages: `{"role": ..., "content": ...}` each, or ShareGPT's `{"from": ..., "value": ...}`.
+        messages: List of `{"role": ..., "content": ...}`, or of ShareGPT's `{"from": ..., "value": ...}`.
 
     Raises:
-        ValueError: if they have another form, another role, or do not alternate.
+        ValueError: if messages have another form or role, or do not alternate.
     """
     turns = [turn(message) for message in messages]
     system = turns.pop(0)[1] if turns and turns[0][0] == "system" else ""
@@ -280,5 +280,5 @@ def turn(message) -> tuple[str, str]:
 
 
 def unread(found: Iterable[str], columns: Columns) -> list[str]:
-    """Returns the columns that hold something nobody reads; numbers of rows and the like are not said."""
+    """Returns the columns with content that is not read, except row numbers and the like."""
     return [name for name in found if name not in columns and not re.fullmatch(r"(row_?)?(id|idx|index)", name.lower())]

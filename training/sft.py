@@ -1,16 +1,16 @@
 """
-Fine-tunes all weights on answers:
+Fine-tunes all weights on the answers of dialogues:
 
     python -m training.sft --model PATH --train-file train.json --output output
 
-Rows hold `prompt`, `response` and, with `--history-column`, earlier rounds; or `messages`. See docs/training.md.
+Rows have `prompt`, `response` and, with `--history-column`, earlier rounds; or `messages`. See docs/training.md.
 """
 
 from .arguments import DataArguments, ModelOptions, RecipeOptions, answer_help
 
 
 if __name__ == "__main__":
-    answer_help(__doc__, ModelOptions, DataArguments, RecipeOptions)  # before the imports below, which take seconds
+    answer_help(__doc__, ModelOptions, DataArguments, RecipeOptions)  # before the slow imports below
 
 
 from transformers import set_seed
@@ -25,14 +25,14 @@ from .trainer import RecipeTrainer, evaluate, output_folder, train
 
 def read_splits(model_args: ModelArguments, data_args: DataArguments, args: RecipeArguments) -> dict:
     """
-    Returns the rows of what is asked for: "train", "validation", "test".
+    Returns the rows of the splits that are needed: "train", "validation", "test".
 
     Raises:
-        ValueError: if data are missing or of another form, or something is asked for that cannot be done with them.
+        ValueError: if data are missing or have another form, or do not suit the options.
     """
     if args.do_predict and (args.fsdp or args.deepspeed or model_args.fsdp_size):
         raise ValueError(
-            "--do-predict does not work on a model that is divided: give it to a run of its own, on what is saved."
+            "--do-predict does not work on a model that is split over processes. Run it separately, on the saved model."
         )
     wanted = {
         "train": args.do_train
@@ -54,13 +54,13 @@ def fine_tune(
     model, tokenizer, splits, model_args, data_args: DataArguments, args: RecipeArguments, trainer_class=RecipeTrainer
 ):
     """
-    Trains, evaluates and predicts, as far as there is data for it: what sft, lora and ptuning have in common.
+    Trains, evaluates and predicts, if there is data for it. Used by sft, lora and ptuning.
 
     Args:
-        splits: As `read_splits` returns them.
+        splits: The result of `read_splits`.
 
     Raises:
-        ValueError: before any work, if nothing can be learned from the data.
+        ValueError: before any work, if the data have nothing to train on.
     """
     data = {}
     for split in ("train", "validation"):

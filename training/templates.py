@@ -1,6 +1,6 @@
 """
-Templates of the small model's dialogues (training/talk/*.json): `[one|or another|]` is one of several, `<word>` is drawn from a
-list of words, or from a row, and stays the same wherever it stands in the dialogue.
+Templates for the small model's dialogues (training/talk/*.json). `[one|or another|]` means one of these; `<word>` is drawn from a
+list of words or from a row, and stays the same in the whole dialogue.
 """
 
 import random
@@ -19,15 +19,15 @@ PRONOUNS = {
 class Templates:
     """
     Args:
-        words: For each slot the words that may stand there; `name2` is drawn like `name`, but is another.
-        rng: What draws.
+        words: The possible words of each slot. `name2` is drawn like `name`, but differs from it.
+        rng: The random number generator.
     """
 
     def __init__(self, words: dict[str, list[str]], rng: random.Random):
         self.words, self.rng = words, rng
 
     def fill(self, template: str, values: dict[str, str]) -> str:
-        """Returns a sentence of the template. What is drawn for a slot is added to `values`, for the next template."""
+        """Returns a sentence from the template. Words that are drawn are added to `values`, for the next template."""
         text = self.phrase(template, values)
         return text[:1].upper() + text[1:] if text[:1].isascii() else text
 
@@ -56,7 +56,7 @@ class Templates:
 
 
 def mistyped(query: str, rng: random.Random) -> str:
-    """The query as people type it: often without its last mark or capital letters, now and then with a slip."""
+    """Returns the query as people type it: often without final punctuation or capitals, sometimes with a typing error."""
     if rng.random() < 0.5:
         query = query.rstrip("。！？.!?") or query
     is_chinese = any("\u4e00" <= c <= "\u9fff" for c in query)

@@ -1,15 +1,16 @@
 """
-Makes `checkpoints/tiny`, the small model that the repository comes with, from openly licensed corpora (`make tiny`):
+Makes `checkpoints/tiny`, the small model in the repository, from openly licensed corpora (`make tiny`):
 
-    python -m training.tiny texts --corpora PATH        # texts to learn, tokenizer, configuration
+    python -m training.tiny texts --corpora PATH        # texts for training, tokenizer, configuration
     python -m training.pretrain --config training/configs/tiny_pretrain.yaml
-    python -m training.tiny dialogues --corpora PATH    # dialogues to learn
+    python -m training.tiny dialogues --corpora PATH    # dialogues for training
     python -m training.sft --config training/configs/tiny_sft.yaml
     python -m training.tiny publish --corpora PATH      # the checkpoint in INT8, its answers, its perplexity
     python -m training.tiny card                        # the figures in its README, once the answers are judged
 
-Every 50th row of each corpus is held out, by a hash of its content, but for those that share a sentence or a query with a row
-that is learned; of the few rows of `identity_bilingual` none. Rows near a prompt of training/prompts.json are left out.
+Every 50th row of each corpus is held out, chosen by a hash of its content, except from the few rows of `identity_bilingual`.
+Held-out rows that share a sentence or a query with a training row are dropped. Rows that nearly copy a prompt of
+training/prompts.json are left out.
 """
 
 import gzip
@@ -150,7 +151,7 @@ BEYOND = [
 
 
 def read_corpora(folder: Path) -> tuple[dict[str, list], dict[str, list]]:
-    """Returns the rows of each corpus, those to train on and those held out."""
+    """Returns the training rows and the held-out rows of each corpus."""
     train, held_out = {}, {}
     for path in sorted(folder.glob("*.jsonl.gz")):
         name = path.name.removesuffix(".jsonl.gz")
@@ -168,7 +169,7 @@ def read_corpora(folder: Path) -> tuple[dict[str, list], dict[str, list]]:
 
 
 def parts(row: dict) -> set[str]:
-    """What a row held out may not have in common with one that is learned: its sentences, its first query or its text."""
+    """Returns what a held-out row may not share with a training row: its sentences, its first query or its text."""
     if "messages" in row:
         return {row["messages"][0]["content"]}
     return {row[name] for name in ("en", "zh", "text") if name in row}
@@ -181,7 +182,7 @@ def repeated(rows: list, times: float, rng: random.Random) -> Iterator:
 
 
 def renamed(story: str, rng: random.Random) -> str:
-    """A story with other names for its girls and boys; most are about the same few otherwise."""
+    """Returns a story with other names of girls and boys, as most stories have the same few names."""
     for names in (GIRLS, BOYS):
         found = set(re.findall(r"\b[A-Z][a-z]+\b", story)) & set(names)
         others = dict(zip(sorted(found), rng.sample(names, len(found))))
@@ -190,7 +191,7 @@ def renamed(story: str, rng: random.Random) -> str:
 
 
 def to_text(name: str, row: dict, rng: random.Random) -> str:
-    """The text of a row, without its roles."""
+    """Returns the text of a row, without roles."""
     if name == "tatoeba_en_zh":
         return "\n".join(rng.sample([row["en"], row["zh"]], 2))
     if name == "poetry_zh":
@@ -200,7 +201,7 @@ def to_text(name: str, row: dict, rng: random.Random) -> str:
 
 
 def to_rounds(name: str, row: dict, rng: random.Random) -> list[tuple[str, str]]:
-    """The dialogue that is made of a row; empty if it has none."""
+    """Returns the dialogue in a row; empty if there is none."""
     if name == "tatoeba_en_zh":
         queries, source, target = rng.choice([(TO_CHINESE, "en", "zh"), (TO_ENGLISH, "zh", "en")])
         return [(rng.choice(queries).format(row[source]), row[target])] if len(row["en"]) <= 50 else []
@@ -227,7 +228,7 @@ def to_rounds(name: str, row: dict, rng: random.Random) -> list[tuple[str, str]]
 
 
 def what_is_told(story: str) -> str:
-    """Who and what a story is about, as a request would say it: "a girl named Lily and a dog"; empty if that is not clear."""
+    """Returns who and what a story is about, as in a request: "a girl named Lily and a dog". Empty if that is unclear."""
     words = re.findall(r"[A-Za-z]+", story)
     name = max(GIRLS + BOYS, key=words.count)
     thing = max(HEROES, key=lambda hero: words.count(hero) if hero not in ("girl", "boy") else 0)
@@ -240,14 +241,14 @@ def what_is_told(story: str) -> str:
 
 
 def next_lines(poem: str, rng: random.Random) -> list[tuple[str, str]]:
-    """A question for the next line of each line, and the answer."""
+    """Returns questions for the line after each line, and the answers."""
     lines = re.findall(r"([^，。！？；、\s]+)([，。！？；\s]*)", poem)
     pairs = [(a, b + end.strip()) for (a, _), (b, end) in zip(lines, lines[1:]) if len(a) > 3]
     return [(rng.choice(NEXT_LINE).format(a), b) for a, b in pairs]
 
 
 def known_poems(rows: list[dict], rng: random.Random) -> Iterator[tuple[str, str]]:
-    """Questions for the lines and the whole of short poems, with their answers."""
+    """Returns questions for the lines of short poems and for whole poems, with the answers."""
     for row in rows:
         if row["author"] and len(row["text"]) <= 70:
             for _ in range(KNOWN_POEMS):
@@ -257,7 +258,7 @@ def known_poems(rows: list[dict], rng: random.Random) -> Iterator[tuple[str, str
 
 
 def introduce(text: str) -> str:
-    """Puts in the name of the model, its author, and what it is, instead of an assistant."""
+    """Replaces the assistant's name, author and description with the model's."""
     is_chinese = any("\u4e00" <= c <= "\u9fff" for c in text)
     kind = "ChatGLM2 架构的小型演示模型" if is_chinese else "a small demonstration model of the ChatGLM2 architecture,"
     text = re.sub(r"人工智能助手|AI ?助手|an AI assistant", kind, text)
@@ -273,7 +274,7 @@ def make_texts(corpora: dict[str, list], rng: random.Random) -> Iterator[dict]:
 
 
 def make_dialogues(corpora: dict[str, list], rng: random.Random) -> list[dict]:
-    """Short exchanges are put together, some of them, to dialogues of several rounds."""
+    """Returns the dialogues. Some of the short exchanges are combined into dialogues of several rounds."""
     short, dialogues = [], []
     for name, rows in corpora.items():
         for row in repeated(rows, DIALOGUES.get(name, 0), rng):
@@ -342,20 +343,22 @@ def train_tokenizer(path: Path, texts: Iterator[str]):
 
 
 def without_leaks(rows: Iterable[dict], finder: LeakFinder) -> list[dict]:
-    """Rows that have no near copy of a prompt of the evaluation."""
+    """Returns the rows without a near copy of a prompt of the evaluation."""
     rows = list(rows)
     kept = [row for row in rows if not finder.find_in_row(row)]
-    print(f"{len(rows) - len(kept):,} of {len(rows):,} rows are left out: they are near a prompt of the evaluation.")
+    print(
+        f"{len(rows) - len(kept):,} of {len(rows):,} rows are left out because they nearly copy a prompt of the evaluation."
+    )
     return kept
 
 
 def prepare_texts(corpora: Path, tokenizer: Path):
     """
-    Writes the texts to learn and those held out, and a folder with all of a checkpoint but weights.
+    Writes the training texts and the held-out texts, and a checkpoint folder without weights.
 
     Args:
-        tokenizer: The `tokenizer.model` to use; one is trained if it is not there. That of the published checkpoint stays, so
-            that losses of different trainings can be compared.
+        tokenizer: The `tokenizer.model` to use. If it does not exist, one is trained. The tokenizer of the published small
+            model is kept, so that the losses of different runs can be compared.
     """
     train, held_out = read_corpora(corpora)
     rng = random.Random(0)
@@ -385,7 +388,7 @@ def prepare_texts(corpora: Path, tokenizer: Path):
 
 
 def prepare_dialogues(corpora: Path):
-    """Writes the dialogues to learn and those held out."""
+    """Writes the training dialogues and the held-out dialogues."""
     train, held_out = read_corpora(corpora)
     dialogues = without_leaks(make_dialogues(train, random.Random(0)), LeakFinder(read_prompts()))
     write_jsonl(WORK / "dialogues.jsonl", dialogues)
@@ -399,7 +402,7 @@ def prepare_dialogues(corpora: Path):
 
 @torch.inference_mode()
 def held_out_perplexity(model, tokenizer, held_out: dict[str, list]) -> dict[str, dict]:
-    """Perplexity of the answers, by token of the model's own vocabulary, for each corpus of dialogues with enough of them."""
+    """Returns the perplexity of the answers, per token of the model's own vocabulary, for each corpus with enough dialogues."""
     rng, args = random.Random(0), DataArguments(max_source_length=512, max_target_length=511, packing=True)
     figures = {}
     for name in DIALOGUES:
@@ -419,7 +422,7 @@ def held_out_perplexity(model, tokenizer, held_out: dict[str, list]) -> dict[str
 
 
 def stage(folder: Path, rows: Path) -> dict:
-    """What a stage was, all runs of it together if it was interrupted; `tokens` has the padding."""
+    """Returns the figures of a training stage, of all its runs if it was interrupted. `tokens` includes padding."""
     state = json.loads((folder / "trainer_state.json").read_text())
     return {
         "rows": sum(1 for _ in rows.open(encoding="utf-8")),
@@ -431,8 +434,8 @@ def stage(folder: Path, rows: Path) -> dict:
 
 def judged(output: Path) -> dict[str, int] | None:
     """
-    Returns how many of the answers of each kind fit, by reading: judgements.json says it of the answers of one samples.md, by its
-    hash. None if that is another one.
+    Returns the number of fitting answers of each kind from judgements.json, or None if that was written for another samples.md
+    (by its hash).
     """
     path = output / "judgements.json"
     judgements = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -449,7 +452,7 @@ def fingerprint(path: Path) -> str:
 
 
 def card_figures(report: dict, fits: dict[str, int] | None) -> str:
-    """The part of the card that is measured, in Markdown."""
+    """Returns the measured part of the card, in Markdown."""
     lines = ["| stage | rows | epochs | steps | tokens, with padding |", "|---|---|---|---|---|"]
     for name in ("pretraining", "fine_tuning"):
         s = report[name]
@@ -458,7 +461,7 @@ def card_figures(report: dict, fits: dict[str, int] | None) -> str:
             f"| {name.replace('_', '-')} | {rows} | {s['epochs']} | {s['steps']:,} | {s['tokens'] / 1e6:.1f} M |"
         )
     lines += ["", f"{report['parameters'] / 1e6:.1f} million parameters.", ""]
-    lines += ["Held out, perplexity of the answers by token of its own vocabulary:", ""]
+    lines += ["Perplexity of the held-out answers, per token of the model's own vocabulary:", ""]
     forms = report["held_out"]
     lines += [f"| corpus | dialogues | {' | '.join(forms)} |", "|---|---" + "|---" * len(forms) + "|"]
     for name, figures in next(iter(forms.values())).items():
@@ -466,12 +469,12 @@ def card_figures(report: dict, fits: dict[str, int] | None) -> str:
         lines.append(f"| {' | '.join(map(str, cells))} |")
     lines += [
         "",
-        "Of the greedy answers to the 100 prompts of `training/prompts.json` ([samples.md](samples.md), all of them)",
+        "The model answered the 100 prompts of `training/prompts.json` greedily ([all answers](samples.md)).",
     ]
     if fits is None:
-        return "\n".join([*lines, "it is not judged yet how many fit."])
+        return "\n".join([*lines, "How many answers fit has not been judged yet."])
     lines += [
-        f"{sum(fits.values())} fit, judged by reading ([judgements.json](judgements.json)); of ten of each kind:",
+        f"{sum(fits.values())} answers fit, as judged by a reader ([judgements.json](judgements.json)). By kind, out of ten:",
         "",
     ]
     lines += [f"| {' | '.join(fits)} |", "|---" * len(fits) + "|", f"| {' | '.join(map(str, fits.values()))} |"]
@@ -479,7 +482,7 @@ def card_figures(report: dict, fits: dict[str, int] | None) -> str:
 
 
 def write_card_figures(path: Path, report: dict, fits: dict[str, int] | None):
-    """Puts the figures between the two marks of the card."""
+    """Writes the figures between the two marks of the card."""
     text = path.read_text(encoding="utf-8")
     begin, end = (text.index(mark) for mark in CARD_MARKS)
     text = text[: begin + len(CARD_MARKS[0])] + f"\n{card_figures(report, fits)}\n" + text[end:]
@@ -548,13 +551,11 @@ def card(output: Path):
 def main(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("step", choices=["texts", "dialogues", "publish", "answers", "card"])
-    parser.add_argument("--corpora", type=Path, help="the folder with *.jsonl.gz")
+    parser.add_argument("--corpora", type=Path, help="folder with *.jsonl.gz")
     parser.add_argument(
-        "--output", type=Path, default=ROOT / "checkpoints/tiny", help="the checkpoint (default: %(default)s)"
+        "--output", type=Path, default=ROOT / "checkpoints/tiny", help="folder of the checkpoint (default: %(default)s)"
     )
-    parser.add_argument(
-        "--samples", type=Path, help="where to write the answers (default: samples.md of the checkpoint)"
-    )
+    parser.add_argument("--samples", type=Path, help="file for the answers (default: samples.md in the checkpoint)")
     args = parser.parse_args(argv)
     if args.step in ("texts", "dialogues", "publish") and args.corpora is None:
         parser.error(f"{args.step} needs --corpora, the folder with *.jsonl.gz.")

@@ -1,4 +1,4 @@
-"""The dialogues that are written for the small model: of templates in training/talk, for `training.tiny dialogues`."""
+"""Makes the dialogues that were written for the small model, from the templates in training/talk."""
 
 import json
 import random
@@ -21,7 +21,7 @@ def read(name: str):
 
 
 def small_talk(templates: Templates, rng: random.Random) -> Iterator[tuple[str, str]]:
-    """Queries and answers: greetings, identity, feelings, advice, knowledge."""
+    """Returns queries and answers: greetings, identity, feelings, advice, knowledge."""
     for topic in read("small_talk"):
         for query in topic["queries"]:
             for _ in range(SMALL_TALK):
@@ -58,7 +58,7 @@ def poems(templates: Templates, rng: random.Random) -> Iterator[tuple[str, str]]
 
 
 def memories(templates: Templates, others: Rounds, rng: random.Random) -> Iterator[Rounds]:
-    """Dialogues in which somebody tells of himself and, with rounds of `others` between, asks what he told."""
+    """Returns dialogues in which users say something about themselves and, after rounds of `others`, ask for it."""
     for kinds in read("memories").values():
         for _ in range(MEMORIES):
             facts = rng.sample(kinds, rng.choice([1, 1, 2, 2, 3]))

@@ -1,4 +1,4 @@
-"""What the recipes share: a Trainer that stops in time and loses nothing, and the run of one, from data to report."""
+"""Shared by the recipes: a Trainer that stops at a NaN and keeps its checkpoints, and a run from data to report."""
 
 import json
 import math
@@ -36,7 +36,7 @@ NOT_LEARNED = (
 
 
 class RecipeTrainer(Trainer):
-    """The Trainer, which stops at the first loss that is not finite and leaves no checkpoint half-written."""
+    """A Trainer that stops at the first loss that is not finite, and never leaves an incomplete checkpoint."""
 
     def __init__(self, model, args, **kwargs):
         choose_bf16(model, args, checkpoint_to_resume(args) if args.bf16 is None else None)
@@ -49,7 +49,7 @@ class RecipeTrainer(Trainer):
             self.label_smoother, self.compute_loss_func = None, self.smoothed_loss
 
     def smoothed_loss(self, outputs, labels: torch.LongTensor, num_items_in_batch=None) -> torch.Tensor:
-        """Cross entropy of the next tokens, smoothed by `label_smoothing_factor` in training but not on held-out data."""
+        """Returns the cross entropy of the next tokens, smoothed by `label_smoothing_factor` in training only."""
         labels = labels[:, 1:].flatten()
         total = torch.nn.functional.cross_entropy(
             outputs["logits"][:, :-1].flatten(0, 1).float(),
@@ -97,7 +97,7 @@ class RecipeTrainer(Trainer):
         return loss, *others
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
-        """The Trainer's, with loss and perplexity of all tokens: its own loss is a mean of the means of batches."""
+        """The Trainer's method, with loss and perplexity over all tokens. (Its own loss is a mean of the means of batches.)"""
         self.held_out = torch.zeros(2, dtype=torch.float64)
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         total, tokens = self.accelerator.reduce(self.held_out.to(self.args.device, torch.float32)).tolist()
@@ -108,7 +108,7 @@ class RecipeTrainer(Trainer):
 
 
 class SetEpoch(TrainerCallback):
-    """Tells the data the epoch, for its draws to differ from one to the next."""
+    """Passes the epoch to the data, so that the random choices differ between epochs."""
 
     def __init__(self, dataset):
         self.dataset = dataset
@@ -118,14 +118,14 @@ class SetEpoch(TrainerCallback):
 
 
 def last_checkpoint(output_dir: str) -> str | None:
-    """Returns the newest checkpoint that is whole: `trainer_state.json` is what the Trainer writes last."""
+    """Returns the newest complete checkpoint. The Trainer writes `trainer_state.json` last."""
     states = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")
     folders = [path.parent for path in states if is_whole(path)]
     return str(max(folders, key=lambda folder: int(folder.name.split("-")[-1]))) if folders else None
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a file of JSON was not cut short."""
+    """Whether a JSON file is complete."""
     try:
         return bool(read_json(path))
     except ValueError:
@@ -135,7 +135,7 @@ def is_whole(path: Path) -> bool:
 @contextmanager
 def output_folder(args) -> Iterator[None]:
     """
-    Keeps the output folder to this run.
+    Locks the output folder for this run.
 
     Raises:
         ValueError: if another run writes there, or --resume-from-checkpoint names no checkpoint.
@@ -147,7 +147,7 @@ def output_folder(args) -> Iterator[None]:
 
 def checkpoint_to_resume(args) -> str | None:
     """
-    Returns the checkpoint to go on from: by default the last one in the output folder, if there is one.
+    Returns the checkpoint to resume from: by default the last one in the output folder, if there is one.
 
     Raises:
         ValueError: if --resume-from-checkpoint names none.
@@ -171,7 +171,7 @@ def checkpoint_to_resume(args) -> str | None:
     # The output folder has that file, too, but not the optimizer's state.
     if not (Path(wanted).name.startswith(PREFIX_CHECKPOINT_DIR) and is_whole(Path(wanted, TRAINER_STATE_NAME))):
         raise ValueError(
-            f"--resume-from-checkpoint: {wanted} is no folder {PREFIX_CHECKPOINT_DIR}-N with a {TRAINER_STATE_NAME}. Name "
+            f"--resume-from-checkpoint: {wanted} is not a folder {PREFIX_CHECKPOINT_DIR}-N with a {TRAINER_STATE_NAME}. Name "
             "one, or leave the option out to go on from the last one in the output folder."
         )
     return wanted
@@ -194,11 +194,11 @@ def remove_checkpoints(args, model_args):
 
 
 class Finished(Exception):
-    """The checkpoint that was loaded is that of the last step."""
+    """The loaded checkpoint is already that of the last step."""
 
 
 class StopIfFinished(TrainerCallback):
-    """The Trainer would make one more step from the checkpoint of the last one."""
+    """Stops a finished run, for which the Trainer would make one more step."""
 
     def on_train_begin(self, args, state, control, **kwargs):  # after model and state are loaded
         if state.global_step >= state.max_steps:
@@ -207,8 +207,8 @@ class StopIfFinished(TrainerCallback):
 
 def train(trainer: Trainer, model_args, data_args):
     """
-    Trains, from the last checkpoint in the output folder on if there is one, and writes the model, the metrics and the
-    curve there.
+    Trains, starting from the last checkpoint in the output folder if there is one, and writes the model, the metrics and the
+    curve to that folder.
 
     Raises:
         ValueError: before any work, if nothing can be trained, or if the settings are not those of the checkpoint.
@@ -253,7 +253,7 @@ def train(trainer: Trainer, model_args, data_args):
 
 
 def evaluate(trainer: Trainer):
-    """Writes the loss and perplexity on the held-out data, and puts the loss into the curve."""
+    """Writes loss and perplexity on the held-out data, and adds the loss to the curve."""
     metrics = trainer.evaluate()
     trainer.log_metrics("eval", metrics)
     trainer.save_metrics("eval", metrics)
