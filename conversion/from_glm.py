@@ -6,6 +6,20 @@ Converts a `GlmForCausalLM` checkpoint back to ChatGLM2: the output of `conversi
 The folder must have ChatGLM2's tokenizer.model, which `conversion.to_glm` writes.
 """
 
+from common.options import Parser, add_output_option
+
+
+def options() -> Parser:
+    parser = Parser(__doc__)
+    parser.add_argument("--model", required=True, help="a folder with a GlmForCausalLM, or OWNER/NAME on the Hub")
+    add_output_option(parser)
+    return parser
+
+
+if __name__ == "__main__":
+    options().parse_args()  # answers --help and wrong options before the slow imports below
+
+
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +31,6 @@ from common.errors import plain_errors
 from common.files import new_folder, read_json
 from common.glm import fuse_query_key_value, glm_names
 from common.hub import local_folder
-from common.options import Parser, add_output_option
 from common.package import ROOT, product
 
 from .checkpoint import as_published, check_names, meta_model, with_progress, write_package, write_weights
@@ -94,10 +107,7 @@ def convert(model: str | Path, output: Path):
 
 
 def main(argv=None):
-    parser = Parser(__doc__)
-    parser.add_argument("--model", required=True, help="a folder with a GlmForCausalLM, or OWNER/NAME on the Hub")
-    add_output_option(parser)
-    args = parser.parse_args(argv)
+    args = options().parse_args(argv)
     with plain_errors("conversion"):
         convert(args.model, args.output)
 

@@ -10,6 +10,25 @@ packages that setup.cfg declares, must load it and answer a prompt. A folder tha
 Hub is private at first. Log in with `hf auth login`.
 """
 
+from pathlib import Path
+
+from common.options import Parser
+
+
+def options() -> Parser:
+    parser = Parser(__doc__)
+    parser.add_argument(
+        "--model", help="checkpoint folder, or OWNER/NAME on the Hub (default: --output exists already)"
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder of the repository")
+    parser.add_argument("--push", metavar="REPOSITORY", help="upload to this repository, OWNER/NAME on the Hub")
+    return parser
+
+
+if __name__ == "__main__":
+    options().parse_args()  # answers --help and wrong options before the slow imports below
+
+
 import configparser
 import importlib.metadata
 import os
@@ -19,7 +38,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import yaml
 from huggingface_hub import HfApi, ModelCard, ModelCardData
@@ -30,7 +48,6 @@ from common.checkpoint import check_folder, weight_files
 from common.errors import plain_errors
 from common.files import new_folder, read_json
 from common.hub import local_folder
-from common.options import Parser
 from common.package import ROOT
 
 from .checkpoint import Checkpoint, write_package
@@ -226,13 +243,7 @@ def push(folder: Path, repository: str) -> str:
 
 
 def main(argv=None):
-    parser = Parser(__doc__)
-    parser.add_argument(
-        "--model", help="checkpoint folder, or OWNER/NAME on the Hub (default: --output exists already)"
-    )
-    parser.add_argument("--output", type=Path, required=True, help="folder of the repository")
-    parser.add_argument("--push", metavar="REPOSITORY", help="upload to this repository, OWNER/NAME on the Hub")
-    args = parser.parse_args(argv)
+    args = options().parse_args(argv)
     with plain_errors("conversion"):
         if args.model is not None:
             assemble(local_folder(args.model), args.output, args.push)

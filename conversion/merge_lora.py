@@ -11,13 +11,30 @@ package `peft`, and memory for the model.
 
 from pathlib import Path
 
+from common.options import Parser, add_output_option
+
+
+def options() -> Parser:
+    parser = Parser(__doc__)
+    parser.add_argument("--adapter", type=Path, required=True, help="folder of the adapters")
+    parser.add_argument(
+        "--model",
+        help="base model: checkpoint folder, or OWNER/NAME on the Hub (default: the one in adapter_config.json)",
+    )
+    add_output_option(parser)
+    return parser
+
+
+if __name__ == "__main__":
+    options().parse_args()  # answers --help and wrong options before the slow imports below
+
+
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
 
 from common.checkpoint import check_folder
 from common.errors import plain_errors
 from common.files import new_folder
-from common.options import Parser, add_output_option
 
 from .checkpoint import Checkpoint, as_published, meta_model, write_package, write_weights
 
@@ -59,14 +76,7 @@ def convert(adapter: Path, output: Path, model: str | Path | None = None):
 
 
 def main(argv=None):
-    parser = Parser(__doc__)
-    parser.add_argument("--adapter", type=Path, required=True, help="folder of the adapters")
-    parser.add_argument(
-        "--model",
-        help="base model: checkpoint folder, or OWNER/NAME on the Hub (default: the one in adapter_config.json)",
-    )
-    add_output_option(parser)
-    args = parser.parse_args(argv)
+    args = options().parse_args(argv)
     with plain_errors("conversion"):
         convert(args.adapter, args.output, args.model)
 

@@ -7,14 +7,43 @@ Writes a checkpoint in INT4 or INT8, in the published format unless --group-size
 Only one tensor is in memory at a time. With a calibration text, the whole model is.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
+
+from common.options import QUANTIZATIONS, Parser, add_model_option, add_output_option
+
+
+def options() -> Parser:
+    parser = Parser(__doc__)
+    add_model_option(parser)
+    add_output_option(parser)
+    parser.add_argument("--quantization", choices=list(QUANTIZATIONS), default="int4", help="default: %(default)s")
+    parser.add_argument("--calibration", type=Path, help="UTF-8 text of the kind that the model will be used for")
+    parser.add_argument(
+        "--scale-search", action="store_true", help="search for the scales with the least squared error"
+    )
+    parser.add_argument(
+        "--group-size",
+        type=int,
+        choices=[32, 64, 128],
+        help="columns that share a scale; only this package can read the result",
+    )
+    parser.add_argument(
+        "--quantize-embeddings", action="store_true", help="store embedding and output layer in INT8, too"
+    )
+    parser.add_argument("--modules-to-not-convert", nargs="+", metavar="NAME", help="layers that are not quantized")
+    return parser
+
+
+if __name__ == "__main__":
+    options().parse_args()  # answers --help and wrong options before the slow imports below
+
+
+from collections.abc import Iterator
 
 import torch
 
 from common.errors import plain_errors
 from common.files import new_folder
-from common.options import QUANTIZATIONS, Parser, add_model_option, add_output_option
 from common.package import module_of, product
 
 from .checkpoint import Checkpoint, as_published, meta_model, write_package, write_weights
@@ -88,25 +117,7 @@ def convert(model: str | Path, output: Path, bits: int, calibration: Path | None
 
 
 def main(argv=None):
-    parser = Parser(__doc__)
-    add_model_option(parser)
-    add_output_option(parser)
-    parser.add_argument("--quantization", choices=list(QUANTIZATIONS), default="int4", help="default: %(default)s")
-    parser.add_argument("--calibration", type=Path, help="UTF-8 text of the kind that the model will be used for")
-    parser.add_argument(
-        "--scale-search", action="store_true", help="search for the scales with the least squared error"
-    )
-    parser.add_argument(
-        "--group-size",
-        type=int,
-        choices=[32, 64, 128],
-        help="columns that share a scale; only this package can read the result",
-    )
-    parser.add_argument(
-        "--quantize-embeddings", action="store_true", help="store embedding and output layer in INT8, too"
-    )
-    parser.add_argument("--modules-to-not-convert", nargs="+", metavar="NAME", help="layers that are not quantized")
-    args = vars(parser.parse_args(argv))
+    args = vars(options().parse_args(argv))
     with plain_errors("conversion"):
         convert(bits=QUANTIZATIONS[args.pop("quantization")], **args)
 

@@ -11,6 +11,24 @@ The format is that of llama.cpp's architecture `chatglm` (its conversion/chatglm
 `conversion.to_glm`, the tokens `sop` and `eop` are called `<sop>` and `<eop>`: llama.cpp finds special tokens inside words.
 """
 
+from common.options import Parser, add_model_option, add_output_option
+
+
+TYPES = ("f16", "q8_0", "q4_0")
+
+
+def options() -> Parser:
+    parser = Parser(__doc__)
+    add_model_option(parser)
+    add_output_option(parser, "the file to write")
+    parser.add_argument("--type", choices=TYPES, default="f16", help="default: %(default)s")
+    return parser
+
+
+if __name__ == "__main__":
+    options().parse_args()  # answers --help and wrong options before the slow imports below
+
+
 import re
 from pathlib import Path
 
@@ -22,18 +40,10 @@ from common.errors import plain_errors
 from common.files import new_file
 from common.gguf_architecture import write_architecture
 from common.glm import split_query_key_value
-from common.options import Parser, add_model_option, add_output_option
 from common.package import product
 
 from .checkpoint import Checkpoint
 from .to_glm import RENAMED_TOKENS, rename_prompt_tokens
-
-
-TYPES = {
-    "f16": (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
-    "q8_0": (gguf.GGMLQuantizationType.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
-    "q4_0": (gguf.GGMLQuantizationType.Q4_0, gguf.LlamaFileType.MOSTLY_Q4_0),
-}
 
 
 def write_vocabulary(writer: gguf.GGUFWriter, tokenizer, config):
@@ -88,7 +98,7 @@ def convert(model: str | Path, output: Path, kind: str = "f16"):
             f"The tokenizer in {model} has {len(tokenizer):,} tokens, the embedding {config.padded_vocab_size} rows: they "
             "belong to different models, or the model lacks resize_token_embeddings."
         )
-    wanted, file_type = TYPES[kind]
+    wanted, file_type = gguf.GGMLQuantizationType[kind.upper()], gguf.LlamaFileType[f"MOSTLY_{kind.upper()}"]
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.CHATGLM, config.num_layers)
 
     def gguf_name(name: str) -> str:
@@ -124,11 +134,7 @@ def convert(model: str | Path, output: Path, kind: str = "f16"):
 
 
 def main(argv=None):
-    parser = Parser(__doc__)
-    add_model_option(parser)
-    add_output_option(parser, "the file to write")
-    parser.add_argument("--type", choices=TYPES, default="f16", help="default: %(default)s")
-    args = parser.parse_args(argv)
+    args = options().parse_args(argv)
     with plain_errors("conversion"):
         convert(args.model, args.output, args.type)
 

@@ -10,6 +10,20 @@ The tokens `sop` and `eop` are called `<sop>` and `<eop>` there, as in GLM-4: th
 and would find `sop` in "sophisticated".
 """
 
+from common.options import Parser, add_model_option, add_output_option
+
+
+def options() -> Parser:
+    parser = Parser(__doc__)
+    add_model_option(parser)
+    add_output_option(parser)
+    return parser
+
+
+if __name__ == "__main__":
+    options().parse_args()  # answers --help and wrong options before the slow imports below
+
+
 import json
 import shutil
 from pathlib import Path
@@ -20,7 +34,6 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 from common.errors import plain_errors
 from common.files import new_folder
 from common.glm import glm_config, glm_tensors
-from common.options import Parser, add_model_option, add_output_option
 from common.package import product
 
 from .checkpoint import Checkpoint, write_weights
@@ -75,10 +88,7 @@ def convert(model: str | Path, output: Path):
 
 
 def main(argv=None):
-    parser = Parser(__doc__)
-    add_model_option(parser)
-    add_output_option(parser)
-    args = parser.parse_args(argv)
+    args = options().parse_args(argv)
     with plain_errors("conversion"):
         convert(args.model, args.output)
 

@@ -9,6 +9,20 @@ One graph computes a step with any number of tokens, after any number of cached 
 `.value`, the next step's past. Everything is in float32. Needs `onnx` and `onnxscript`, and memory for the model.
 """
 
+from common.options import Parser, add_model_option, add_output_option
+
+
+def options() -> Parser:
+    parser = Parser(__doc__)
+    add_model_option(parser)
+    add_output_option(parser)
+    return parser
+
+
+if __name__ == "__main__":
+    options().parse_args()  # answers --help and wrong options before the slow imports below
+
+
 import shutil
 from pathlib import Path
 
@@ -18,7 +32,6 @@ from transformers.cache_utils import DynamicCache
 from common.checkpoint import CACHE
 from common.errors import plain_errors
 from common.files import new_folder
-from common.options import Parser, add_model_option, add_output_option
 
 from .checkpoint import SETTINGS, Checkpoint, is_language_model, meta_model
 
@@ -79,10 +92,7 @@ def convert(model: str | Path, output: Path):
 
 
 def main(argv=None):
-    parser = Parser(__doc__)
-    add_model_option(parser)
-    add_output_option(parser)
-    args = parser.parse_args(argv)
+    args = options().parse_args(argv)
     with plain_errors("conversion"):
         convert(args.model, args.output)
 

@@ -7,11 +7,24 @@ The values are the same bit for bit, except `inv_freq`, which is computed and wh
 checkpoint with this package's code. Quantized checkpoints work, too.
 """
 
+from common.options import Parser, add_model_option, add_output_option
+
+
+def options() -> Parser:
+    parser = Parser(__doc__)
+    add_model_option(parser)
+    add_output_option(parser)
+    return parser
+
+
+if __name__ == "__main__":
+    options().parse_args()  # answers --help and wrong options before the slow imports below
+
+
 from pathlib import Path
 
 from common.errors import plain_errors
 from common.files import new_folder
-from common.options import Parser, add_model_option, add_output_option
 
 from .checkpoint import SHARD_BYTES, Checkpoint, as_published, write_package, write_weights
 
@@ -26,10 +39,7 @@ def convert(model: str | Path, output: Path, shard_bytes: int = SHARD_BYTES):
 
 
 def main(argv=None):
-    parser = Parser(__doc__)
-    add_model_option(parser)
-    add_output_option(parser)
-    args = parser.parse_args(argv)
+    args = options().parse_args(argv)
     with plain_errors("conversion"):
         convert(args.model, args.output)
 

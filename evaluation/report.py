@@ -4,14 +4,28 @@ Writes a report (Markdown and a plot) of one or more evaluations, with the publi
     python -m evaluation.report build/evaluation/float build/evaluation/int4 --output build/evaluation/report
 """
 
+from pathlib import Path
+
+from common.options import Parser, add_output_option
+
+
+def options() -> Parser:
+    parser = Parser(__doc__)
+    parser.add_argument("folders", nargs="+", type=Path, help="output folders of evaluation.run")
+    add_output_option(parser)
+    return parser
+
+
+if __name__ == "__main__":
+    options().parse_args()  # answers --help and wrong options before the slow imports below
+
+
 import json
 from collections import Counter
 from math import sqrt
-from pathlib import Path
 
 from common.errors import plain_errors
 from common.files import read_json, write_json
-from common.options import Parser, add_output_option
 
 from .data import SUBJECTS
 from .protocol import CHOICES, SUITES
@@ -288,10 +302,7 @@ def write_report(folders: list[Path], output: Path) -> Path:
 
 
 def main():
-    parser = Parser(__doc__)
-    parser.add_argument("folders", nargs="+", type=Path, help="output folders of evaluation.run")
-    add_output_option(parser)
-    args = parser.parse_args()
+    args = options().parse_args()
     with plain_errors("evaluation"):
         print(write_report(args.folders, args.output))
 

@@ -7,52 +7,29 @@ Evaluates a model with the published protocols, and writes a report with the pub
 Each finished subject is stored in the output folder. After an interruption, the same command continues. See docs/evaluate.md.
 """
 
-import argparse
-import contextlib
-import io
-import logging
-import os
-import sys
-import time
-from importlib.metadata import version
-from math import exp, log
 from pathlib import Path
 
-from lm_eval import evaluate
-from tqdm import tqdm
-from transformers import AutoModelForCausalLM
-from transformers.utils import WEIGHTS_NAME
-
-from common.checkpoint import load, load_config, load_tokenizer
-from common.errors import plain_errors
-from common.files import LOCK, only_run, write_json
-from common.hub import is_hub_name
-from common.load_model import default_device
 from common.options import QUANTIZATIONS, Parser, add_model_options
-from common.prefix import load_prefix
-from common.settings import check_settings, weights_fingerprint
-
-from . import answers
-from .model import EvaluatedModel
-from .protocol import PROTOCOLS, SUITES, build
-from .report import finished_tasks, write_report
 
 
 PUBLISHED = ["mmlu", "ceval", "gsm8k", "gsm8k_zh", "bbh"]
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+def options() -> Parser:
     parser = Parser(__doc__)
     add_model_options(parser, default=None)
     parser.add_argument(
         "--suite",
         nargs="+",
         default=["published"],
-        choices=["published", *SUITES],
+        choices=["published", *PUBLISHED, "perplexity"],
         help="benchmarks to run; 'published' is everything but perplexity",
     )
     parser.add_argument(
-        "--protocol", choices=PROTOCOLS, default="chat", help="protocol for a chat model (default) or a base model"
+        "--protocol",
+        choices=["chat", "base"],
+        default="chat",
+        help="protocol for a chat model (default) or a base model",
     )
     parser.add_argument("--ptuning-checkpoint", metavar="DIR", help="folder with a P-Tuning prefix for the model")
     parser.add_argument(
@@ -66,6 +43,44 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--batch-size", type=int, default=16, help="number of requests at once; halved if memory runs out (default: 16)"
     )
+    return parser
+
+
+if __name__ == "__main__":
+    options().parse_args()  # answers --help and wrong options before the slow imports below
+
+
+import argparse
+import contextlib
+import io
+import logging
+import os
+import sys
+import time
+from importlib.metadata import version
+from math import exp, log
+
+from lm_eval import evaluate
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM
+from transformers.utils import WEIGHTS_NAME
+
+from common.checkpoint import load, load_config, load_tokenizer
+from common.errors import plain_errors
+from common.files import LOCK, only_run, write_json
+from common.hub import is_hub_name
+from common.load_model import default_device
+from common.prefix import load_prefix
+from common.settings import check_settings, weights_fingerprint
+
+from . import answers
+from .model import EvaluatedModel
+from .protocol import SUITES, build
+from .report import finished_tasks, write_report
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = options()
     args = parser.parse_args(argv)
     for name in ("limit", "batch_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:

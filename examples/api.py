@@ -8,6 +8,20 @@ The answer is {"response", "history", "status": 200, "time"}. Questions are answ
 its request is cancelled. For OpenAI's API use `python -m serving`.
 """
 
+from common.options import Parser, add_model_options, add_server_options
+
+
+def options() -> Parser:
+    parser = Parser(__doc__)
+    add_model_options(parser)
+    add_server_options(parser, port=8000)
+    return parser
+
+
+if __name__ == "__main__":
+    options().parse_args()  # answers --help and wrong options before the slow imports below
+
+
 import asyncio
 import datetime
 from contextlib import aclosing
@@ -18,7 +32,6 @@ from pydantic import BaseModel, Field
 from common.http_errors import ApiError, answer_errors, parse
 from common.http_guard import listen, run
 from common.load_model import iterate_in_threads, load_model
-from common.options import Parser, add_model_options, add_server_options
 
 
 # Values for what is null, missing or 0, as published
@@ -69,10 +82,7 @@ def build_app(model, tokenizer) -> FastAPI:
 
 
 def main():
-    parser = Parser(__doc__)
-    add_model_options(parser)
-    add_server_options(parser, port=8000)
-    args = parser.parse_args()
+    args = options().parse_args()
     listener = listen(args.host, args.port)
     model, tokenizer = load_model(args)
     run(build_app(model, tokenizer), listener, "ChatGLM2", args)

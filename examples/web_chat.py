@@ -8,6 +8,45 @@ You can stop an answer, edit a question and regenerate an answer. All users shar
 and KV cache. The page loads nothing from other sites.
 """
 
+from common.options import Parser, add_model_options, at_least
+
+
+def options() -> Parser:
+    parser = Parser(__doc__)
+    add_model_options(parser)
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on; 0.0.0.0 allows other machines (default: this machine only)",
+    )
+    parser.add_argument(
+        "--port",
+        type=at_least(0, maximum=65535, number=int),
+        default=7860,
+        help="port; 0 means any free one (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--users",
+        type=at_least(1, number=int),
+        default=2,
+        help="number of answers that are generated at the same time; default: 2",
+    )
+    parser.add_argument(
+        "--top-p", type=at_least(0, maximum=1), default=0.8, help="initial value of the slider; default: %(default)s"
+    )
+    parser.add_argument(
+        "--temperature",
+        type=at_least(0, maximum=1),
+        default=0.95,
+        help="initial value of the slider; default: %(default)s",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    options().parse_args()  # answers --help and wrong options before the slow imports below
+
+
 import html
 import os
 import sys
@@ -21,7 +60,6 @@ import gradio as gr
 
 from common.http_guard import listen
 from common.load_model import iterate_in_threads, load_model
-from common.options import Parser, add_model_options, at_least
 from examples.about import model_format, model_name, model_size
 
 
@@ -116,10 +154,11 @@ def build_page(
     context = model.config.context_length
     max_lengths = {}  # of the sessions that changed it, for `check`, which is given the question alone
 
+    def error_of(message: str, max_length: int, request: gr.Request) -> str | None:
+        return too_long(model, tokenizer, message, max_length, request.headers.get("accept-language", ""))
+
     def check(message: str, request: gr.Request):
-        language = request.headers.get("accept-language", "")
-        max_length = max_lengths.get(request.session_hash, min(8192, context))
-        error = too_long(model, tokenizer, message, max_length, language)
+        error = error_of(message, max_lengths.get(request.session_hash, min(8192, context)), request)
         return gr.validate(error is None, error or "")
 
     def note_max_length(value: float, request: gr.Request):
@@ -129,9 +168,18 @@ def build_page(
         max_lengths.pop(request.session_hash, None)
 
     async def answer(
-        message: str, messages: list[dict], max_length: int, top_p: float, temperature: float, session: dict
+        message: str,
+        messages: list[dict],
+        max_length: int,
+        top_p: float,
+        temperature: float,
+        session: dict,
+        request: gr.Request,
     ):
         """Yields the answer as it grows, and its speed. `session` belongs to the user and keeps the KV cache."""
+        if error := error_of(message, int(max_length), request):  # of an edited question, which is not given to `check`
+            gr.Warning(error)  # an error would leave the page waiting
+            return
         # Where it is stopped, or the page closed, generation ends, and its cache is freed.
         stream = model.stream_chat(
             tokenizer,
@@ -152,8 +200,8 @@ def build_page(
                     yield response, f"{steps / seconds:.1f} tokens/s" if seconds > 0.2 else ""
                     steps += 1
             session["cache"] = cache
-        except ValueError as error:  # an edited question that is too long, say
-            gr.Warning(str(error))  # an error would leave the page waiting
+        except ValueError as error:
+            gr.Warning(str(error))
 
     chatbot = gr.Chatbot(
         label="对话 · Dialogue",
@@ -238,35 +286,7 @@ def launch_page(page: gr.Blocks, host: str, port: int, **options):
 
 
 def main():
-    parser = Parser(__doc__)
-    add_model_options(parser)
-    parser.add_argument(
-        "--host",
-        default="127.0.0.1",
-        help="address to listen on; 0.0.0.0 allows other machines (default: this machine only)",
-    )
-    parser.add_argument(
-        "--port",
-        type=at_least(0, maximum=65535, number=int),
-        default=7860,
-        help="port; 0 means any free one (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--users",
-        type=at_least(1, number=int),
-        default=2,
-        help="number of answers that are generated at the same time; default: 2",
-    )
-    parser.add_argument(
-        "--top-p", type=at_least(0, maximum=1), default=0.8, help="initial value of the slider; default: %(default)s"
-    )
-    parser.add_argument(
-        "--temperature",
-        type=at_least(0, maximum=1),
-        default=0.95,
-        help="initial value of the slider; default: %(default)s",
-    )
-    args = parser.parse_args()
+    args = options().parse_args()
 
     with listen(args.host, args.port) as listener:  # whether it is free, before the model is loaded
         port = listener.getsockname()[1]

@@ -74,6 +74,10 @@ def test_container_installs_what_its_entry_needs():
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
     assert set(extras.split(",")) <= set(setup["options.extras_require"])
+    for path in re.findall(r" -f (\S+)", text) + re.findall(r" -c (\S+\.txt)", text):
+        assert (ROOT / path).is_file(), path
+    ignored = (ROOT / ".dockerignore").read_text().splitlines()
+    assert "COPY . ." in text and {".git", ".venv*", "checkpoints/*", "!checkpoints/tiny"} <= set(ignored)
     program, *words = json.loads(re.search(r"^ENTRYPOINT (.*)$", text, re.M)[1])
     assert program == "chatglm2"
     result = subprocess.run([sys.executable, ROOT / "chatglm2.py", *words, "--help"], capture_output=True, text=True)

@@ -10,9 +10,9 @@ import torch
 from datasets import Dataset
 
 from conftest import SMALL
+from training.arguments import DataArguments
 from training.data import (
     IGNORED,
-    DataArguments,
     PackedExamples,
     encode,
     encode_dialogue,

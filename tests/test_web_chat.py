@@ -325,6 +325,29 @@ def test_question_that_is_too_long_stays_in_the_input(scripted, open_tab, locale
     assert model.asked == [(question, [])]
 
 
+@pytest.mark.parametrize(
+    "locale, edit, submit, words",
+    [
+        ("zh-CN", "编辑", "发送", "问题有 8192 个 token，最多 8191 个"),
+        ("en-US", "Edit", "Submit", "is 8192 tokens long; at most 8191 fit"),
+    ],
+)
+def test_edited_question_that_is_too_long(scripted, open_tab, locale, edit, submit, words):
+    """It is refused with the page's own message too, and the page goes on."""
+    model, url = scripted
+    tab = open_tab(url, locale=locale)
+    tab.ask("one")
+    tab.page.get_by_label(edit, exact=True).first.click()
+    tab.page.locator("[data-testid=user] textarea, .message textarea").first.fill(" ".join(["w"] * 8192))
+    tab.press(submit)
+    tab.page.get_by_text(words).wait_for(timeout=20_000)
+    assert len(model.asked) == 1
+    tab.wait_for_end()
+    tab.ask("two", wait=False)
+    until(lambda: len(model.asked) == 2)
+    assert model.asked[1] == ("two", [])
+
+
 def test_page_says_what_it_is(scripted, open_tab):
     """The model, the speed of an answer, the browser's language and names for screen readers; lines are not too wide."""
     model, url = scripted

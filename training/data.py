@@ -13,7 +13,7 @@ training/rows.py reads them.
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +23,7 @@ from datasets.exceptions import DatasetGenerationError
 from transformers import DataCollatorForSeq2Seq
 from transformers.utils import logging
 
+from .arguments import DataArguments
 from .objective import IGNORED, Sample, pack, to_batch
 from .rows import Columns, file_format, read_file, read_row, read_rows, to_rounds, unread
 
@@ -39,60 +40,6 @@ FORMS = {
     "pair": Features({"query": TEXT, "response": TEXT, "history": ROUNDS}),
 }
 READER = 1  # to be raised when training/rows.py reads a file otherwise: rows are cached
-
-
-@dataclass
-class DataArguments:
-    """The data files, their columns, and the largest lengths."""
-
-    train_file: str | None = field(
-        default=None, metadata={"help": "JSON, JSONL, CSV or TSV, also compressed (.gz), or Parquet."}
-    )
-    validation_file: str | None = field(default=None, metadata={"help": "Held-out data, for loss and perplexity."})
-    test_file: str | None = field(
-        default=None, metadata={"help": "Prompts to answer with --do-predict. Responses are used for ROUGE and BLEU."}
-    )
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "A data set on the Hub, or a folder, instead of files."}
-    )
-    dataset_config_name: str | None = None
-    prompt_column: str = "prompt"
-    input_column: str | None = field(
-        default=None, metadata={"help": "Added to the prompt on its own line. By default Alpaca's `input`."}
-    )
-    response_column: str = "response"
-    history_column: str | None = field(
-        default=None, metadata={"help": "Column of earlier rounds, a list of [query, answer]."}
-    )
-    messages_column: str = field(default="messages", metadata={"help": "Column of messages. It is used if it exists."})
-    text_column: str = field(default="text", metadata={"help": "Column of documents, for pretraining."})
-    max_source_length: int = field(
-        default=1024, metadata={"help": "Largest number of tokens of a prompt with its history."}
-    )
-    max_target_length: int = field(default=128, metadata={"help": "Largest number of tokens of a response."})
-    packing: bool = field(
-        default=False, metadata={"help": "Pack several examples into a row instead of padding. For short examples."}
-    )
-    max_train_samples: int | None = None
-    max_eval_samples: int | None = None
-    max_predict_samples: int | None = None
-    preprocessing_num_workers: int | None = None
-    overwrite_cache: bool = field(default=False, metadata={"help": "Read and encode the data again."})
-
-    def __post_init__(self):
-        for name in ("max_source_length", "max_target_length"):
-            if getattr(self, name) < 8:
-                raise ValueError(f"{name} must be at least 8 tokens, got {getattr(self, name)}.")
-        for name in ("max_train_samples", "max_eval_samples", "max_predict_samples"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if self.dataset_name and self.train_file:
-            raise ValueError("Both a dataset_name and a train_file are given. Leave one of them out.")
-
-    @property
-    def max_length(self) -> int:
-        """Largest number of tokens of an example: the prompt, the response and `</s>`."""
-        return self.max_source_length + self.max_target_length + 1
 
 
 def read(args: DataArguments, split: str, limit: int | None = None, documents: bool = False) -> Dataset:
@@ -313,7 +260,7 @@ def check_columns(found: list[str], wanted: list[str]):
     if missing:
         raise ValueError(
             f"There is no column {', '.join(missing)} in the data; there are {', '.join(found)}. Name those to read with "
-            "--prompt_column, --response_column, --history_column, --input_column, --messages_column or --text_column."
+            "--prompt-column, --response-column, --history-column, --input-column, --messages-column or --text-column."
         )
 
 

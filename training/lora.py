@@ -8,8 +8,24 @@ Trains low-rank adapters (LoRA, arXiv 2106.09685) with PEFT, also on quantized w
 See docs/training.md.
 """
 
-import warnings
 from dataclasses import dataclass
+
+from .arguments import DataArguments, ModelOptions, RecipeOptions, answer_help
+
+
+@dataclass
+class LoraOptions(ModelOptions):
+    """Defaults: adapters on `query_key_value`, as PEFT does for this architecture, and the checkpoint's own dtype."""
+
+    dtype: str | None = "auto"
+    use_peft: bool = True
+
+
+if __name__ == "__main__":
+    answer_help(__doc__, LoraOptions, DataArguments, RecipeOptions)  # before the slow imports below
+
+
+import warnings
 from pathlib import Path
 
 from huggingface_hub import ModelCard
@@ -19,19 +35,13 @@ from trl import get_peft_config
 
 from common.errors import plain_errors
 
-from .data import DataArguments
 from .options import ModelArguments, RecipeArguments, load, parse
 from .sft import fine_tune, read_splits
 from .trainer import output_folder
 
 
 @dataclass
-class LoraArguments(ModelArguments):
-    """Defaults: adapters on `query_key_value`, as PEFT does for this architecture, and the checkpoint's own dtype."""
-
-    dtype: str | None = "auto"
-    use_peft: bool = True
-
+class LoraArguments(LoraOptions, ModelArguments):
     def __post_init__(self):
         super().__post_init__()
         if not self.use_peft:
@@ -43,7 +53,7 @@ def main(argv=None):
     if args.do_predict and not (args.do_train or data_args.train_file):
         raise ValueError(
             "There is no training file, and training.lora cannot load an adapter to answer with. Merge the adapter "
-            "(conversion.merge_lora), and run training.sft --do_predict."
+            "(conversion.merge_lora), and run training.sft --do-predict."
         )
     splits = read_splits(model_args, data_args, args)
     with output_folder(args):

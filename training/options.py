@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,19 +18,21 @@ from common.load_model import default_device
 from common.options import QUANTIZATIONS
 from common.package import ROOT
 
+from .arguments import ModelOptions, RecipeOptions, answer_help
+
 
 logger = logging.get_logger(__name__)
 
 # Options of the published scripts, and of TrainingArguments when they were published, that there are no more
 GONE = {
     "cache_dir": "Set the variable HF_HUB_CACHE.",
-    "evaluation_strategy": "It is called --eval_strategy.",
+    "evaluation_strategy": "It is called --eval-strategy.",
     "forced_bos_token": "Nothing read it.",
-    "generation_max_length": "The length of answers is --max_new_tokens.",
+    "generation_max_length": "The length of answers is --max-new-tokens.",
     "generation_num_beams": "Answers are greedy.",
     "ignore_pad_token_for_loss": "Padding is never learned.",
     "lang": "Nothing read it.",
-    "no_cuda": "It is called --use_cpu.",
+    "no_cuda": "It is called --use-cpu.",
     "num_beams": "Answers are greedy.",
     "pad_to_max_length": "Rows are padded to the longest of their batch.",
     "resize_position_embeddings": "Nothing read it.",
@@ -38,39 +40,24 @@ GONE = {
     "source_prefix": "Write it into the prompts.",
     "use_auth_token": "Log in by `hf auth login`.",
     "use_fast_tokenizer": "There is one tokenizer.",
-    "val_max_target_length": "The length of answers is --max_new_tokens.",
+    "val_max_target_length": "The length of answers is --max-new-tokens.",
 }
 
 
 @dataclass
-class ModelArguments(ModelConfig):
+class ModelArguments(ModelOptions, ModelConfig):
     """TRL's `ModelConfig`, and published options that it lacks."""
-
-    config_name: str | None = field(
-        default=None,
-        metadata={"help": "A folder with a config.json. Starts from new random weights, not from a model."},
-    )
-    tokenizer_name: str | None = field(default=None, metadata={"help": "Default: the model's own tokenizer."})
-    quantization_bit: int | None = field(
-        default=None,
-        metadata={"help": "4 or 8: quantize the frozen weights to INT4 or INT8. For lora and ptuning."},
-    )
-    checkpoint_code: bool = field(
-        default=False, metadata={"help": "Run the code in the model's folder or repository instead of this package's."}
-    )
-    fsdp_size: int | None = field(
-        default=None,
-        metadata={"help": "Split the model over this many processes while loading (FSDP2, Transformers >= 5.23)."},
-    )
 
     def __post_init__(self):
         super().__post_init__()
         if (self.model_name_or_path is None) == (self.config_name is None):
             raise ValueError("Give either --model or, for new random weights, --config-name.")
         if self.quantization_bit not in (None, 4, 8):
-            raise ValueError(f"quantization_bit must be 4 or 8, got {self.quantization_bit}.")
+            raise ValueError(
+                f"--quantization must be int4 or int8 (quantization_bit 4 or 8), got {self.quantization_bit}."
+            )
         if self.quantization_bit and (self.load_in_4bit or self.load_in_8bit):
-            raise ValueError("quantization_bit and bitsandbytes' load_in_4bit or load_in_8bit exclude each other.")
+            raise ValueError("--quantization and bitsandbytes' --load-in-4bit or --load-in-8bit exclude each other.")
         if self.fsdp_size:
             self.distributed_config()
 
@@ -82,7 +69,7 @@ class ModelArguments(ModelConfig):
             return DistributedConfig(fsdp_size=self.fsdp_size)
         except (ImportError, TypeError) as error:
             raise ValueError(
-                f"--fsdp_size needs Transformers 5.23 or newer, this is {transformers.__version__}."
+                f"--fsdp-size needs Transformers 5.23 or newer, this is {transformers.__version__}."
             ) from error
 
     def check_trainable(self, what: str):
@@ -90,41 +77,13 @@ class ModelArguments(ModelConfig):
         if self.quantization_bit or self.load_in_4bit or self.load_in_8bit:
             raise ValueError(
                 f"Quantized weights are frozen, and {what} cannot be trained: run training.lora or training.ptuning on "
-                "them, or leave out --quantization_bit, --load_in_4bit and --load_in_8bit."
+                "them, or leave out --quantization, --load-in-4bit and --load-in-8bit."
             )
 
 
 @dataclass
-class RecipeArguments(TrainingArguments):
+class RecipeArguments(RecipeOptions, TrainingArguments):
     """Transformers' `TrainingArguments`, with other defaults."""
-
-    output_dir: str = field(
-        default="output", metadata={"help": "A run continues from the last checkpoint in this folder."}
-    )
-    logging_steps: float = 10
-    logging_first_step: bool = True
-    save_total_limit: int | None = 2
-    report_to: str | None = "none"
-    include_num_input_tokens_seen: str = "all"  # for tokens per second in the log
-    max_new_tokens: int = field(
-        default=128, metadata={"help": "Largest number of tokens of an answer with --do-predict."}
-    )
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Start again, and remove the checkpoints in the output folder."}
-    )
-    bf16: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Autocast to bfloat16. Default on a CPU: if a measurement shows that it is faster.",
-            "nargs": "?",
-            "const": True,
-        },
-    )
-    muon: bool = field(
-        default=False,
-        metadata={"help": "Use Muon for the matrices of the layers, AdamW for the rest. Needs torch 2.9."},
-    )
-    predict_with_generate: bool = field(default=True, metadata={"help": "Always true, as in the published scripts."})
 
     def __post_init__(self):
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
@@ -147,10 +106,8 @@ def parse(doc: str, *dataclasses, args: Sequence[str] | None = None) -> tuple:
     Reads the command line and the YAML file of `--config`; the command line wins. A file that does not exist in the working
     directory is looked for in `training/configs`, and the data files that it names in this repository.
     """
+    answer_help(doc, *dataclasses, args=args)
     args = translate(sys.argv[1:] if args is None else list(args))
-    if {"-h", "--help"} & set(args):
-        print(short_help(doc, dataclasses))
-        raise SystemExit
     try:
         parser = TrlParser(dataclasses, description=doc)
         if "--help_all" in args:
@@ -241,39 +198,6 @@ def read_config(path: str = "") -> dict:
 
 def missing_config(path: str):
     raise ValueError(f"There is no file {path!r} (--config).")
-
-
-def short_help(doc: str, dataclasses) -> str:
-    """Returns the help of the options that this package adds, and how to list all."""
-    lines = [
-        doc.strip(),
-        "",
-        "Options of this package (--help-all: all, with those of TrainingArguments and TRL's ModelConfig):",
-    ]
-    lines += [
-        "  --config FILE            YAML with any of the options; the command line wins",
-        "  --model NAME             a checkpoint folder, or OWNER/NAME on the Hub (--model_name_or_path)",
-        "  --output FOLDER          folder for results; a run in it is continued (--output_dir)",
-        "  --quantization KIND      int4 or int8: quantize the frozen weights (--quantization_bit)",
-        "  --device DEVICE          cpu, or what the machine has (--use_cpu)",
-        "  --dtype TYPE             type of the weights: auto, float32, bfloat16, float16",
-    ]
-    hidden = {"model_name_or_path", "output_dir", "quantization_bit", "dtype"}
-    for kind in dataclasses:
-        own = {
-            name
-            for base in kind.__mro__
-            if base.__module__.startswith("training.") or base.__module__ == "__main__"
-            for name in vars(base).get("__annotations__", ())
-        }
-        for entry in fields(kind):
-            if entry.name not in own - hidden:
-                continue
-            text = entry.metadata.get("help", "")
-            default = "" if entry.default in (None, False) else f"(default: {entry.default})"
-            option = f"--{entry.name.replace('_', '-')}"
-            lines.append(f"  {option:24} {' '.join(part for part in (text, default) if part)}".rstrip())
-    return "\n".join(lines)
 
 
 def explain(name: str) -> str:

@@ -8,15 +8,7 @@ Each row is a document (`--text-column`). See docs/training.md.
 
 from dataclasses import dataclass, field
 
-import torch
-from transformers import set_seed
-
-from common.errors import plain_errors
-
-from .data import DataArguments, encode_texts, read
-from .objective import MixedObjective
-from .options import ModelArguments, RecipeArguments, load, parse
-from .trainer import RecipeTrainer, SetEpoch, evaluate, output_folder, train
+from .arguments import DataArguments, ModelOptions, RecipeOptions, answer_help
 
 
 @dataclass
@@ -33,6 +25,21 @@ class ObjectiveArguments(DataArguments):
     mean_span: float = 3.0
     min_document: float = 0.5
     bidirectional: bool = False
+
+
+if __name__ == "__main__":
+    answer_help(__doc__, ModelOptions, ObjectiveArguments, RecipeOptions)  # before the slow imports below
+
+
+import torch
+from transformers import set_seed
+
+from common.errors import plain_errors
+
+from .data import encode_texts, read
+from .objective import MixedObjective
+from .options import ModelArguments, RecipeArguments, load, parse
+from .trainer import RecipeTrainer, SetEpoch, evaluate, output_folder, train
 
 
 class Documents(torch.utils.data.Dataset):

@@ -8,6 +8,24 @@ The prefix is saved to `pytorch_model.bin`, with the names that the published sc
 """
 
 from dataclasses import dataclass, field
+
+from .arguments import DataArguments, ModelOptions, RecipeOptions, answer_help
+
+
+@dataclass
+class PrefixOptions(ModelOptions):
+    """The published options."""
+
+    dtype: str | None = "auto"
+    pre_seq_len: int = field(default=128, metadata={"help": "Number of positions of the prefix."})
+    prefix_projection: bool = field(default=False, metadata={"help": "Compute the prefix by an MLP."})
+    ptuning_checkpoint: str | None = field(default=None, metadata={"help": "Folder with a prefix to start from."})
+
+
+if __name__ == "__main__":
+    answer_help(__doc__, PrefixOptions, DataArguments, RecipeOptions)  # before the slow imports below
+
+
 from pathlib import Path
 
 import torch
@@ -18,20 +36,14 @@ from transformers.utils import WEIGHTS_NAME
 from common.errors import plain_errors
 from common.prefix import PREFIX, load_prefix
 
-from .data import DataArguments
 from .options import ModelArguments, RecipeArguments, load, parse
 from .sft import fine_tune, read_splits
 from .trainer import RecipeTrainer, output_folder
 
 
 @dataclass
-class PrefixArguments(ModelArguments):
-    """The published options."""
-
-    dtype: str | None = "auto"
-    pre_seq_len: int = field(default=128, metadata={"help": "Number of positions of the prefix."})
-    prefix_projection: bool = field(default=False, metadata={"help": "Compute the prefix by an MLP."})
-    ptuning_checkpoint: str | None = field(default=None, metadata={"help": "Folder with a prefix to start from."})
+class PrefixArguments(PrefixOptions, ModelArguments):
+    pass
 
 
 class PrefixTrainer(RecipeTrainer):

@@ -6,11 +6,18 @@ Fine-tunes all weights on the answers of dialogues:
 Rows have `prompt`, `response` and, with `--history-column`, earlier rounds; or `messages`. See docs/training.md.
 """
 
+from .arguments import DataArguments, ModelOptions, RecipeOptions, answer_help
+
+
+if __name__ == "__main__":
+    answer_help(__doc__, ModelOptions, DataArguments, RecipeOptions)  # before the slow imports below
+
+
 from transformers import set_seed
 
 from common.errors import plain_errors
 
-from .data import DataArguments, collator, encode, read, to_answer
+from .data import collator, encode, read, to_answer
 from .options import ModelArguments, RecipeArguments, load, parse
 from .predict import predict
 from .trainer import RecipeTrainer, evaluate, output_folder, train

@@ -138,10 +138,10 @@ def output_folder(args) -> Iterator[None]:
     Locks the output folder for this run.
 
     Raises:
-        ValueError: if another run writes there, or --resume_from_checkpoint names no checkpoint.
+        ValueError: if another run writes there, or --resume-from-checkpoint names no checkpoint.
     """
     checkpoint_to_resume(args)
-    with only_run(Path(args.output_dir), "--output_dir") if args.should_save else nullcontext():
+    with only_run(Path(args.output_dir), "--output") if args.should_save else nullcontext():
         yield
 
 
@@ -150,49 +150,47 @@ def checkpoint_to_resume(args) -> str | None:
     Returns the checkpoint to resume from: by default the last one in the output folder, if there is one.
 
     Raises:
-        ValueError: if --resume_from_checkpoint names none.
+        ValueError: if --resume-from-checkpoint names none.
     """
     last, given = last_checkpoint(args.output_dir), args.resume_from_checkpoint
     wanted = {"true": True, "false": False}.get(str(given).lower(), given)
     if args.overwrite_output_dir:
         if wanted:
-            raise ValueError("--resume_from_checkpoint and --overwrite_output_dir exclude each other.")
+            raise ValueError("--resume-from-checkpoint and --overwrite-output-dir exclude each other.")
         return None
     if wanted is None:
         return last
     if wanted is False:
         if last:
-            raise ValueError(
-                f"{last} is there: to start anew, add --overwrite_output_dir or choose another --output_dir."
-            )
+            raise ValueError(f"{last} is there: to start anew, add --overwrite-output-dir or choose another --output.")
         return None
     if wanted is True:
         if not last:
-            raise ValueError(f"There is no checkpoint in {args.output_dir} to resume from (--resume_from_checkpoint).")
+            raise ValueError(f"There is no checkpoint in {args.output_dir} to resume from (--resume-from-checkpoint).")
         return last
     # The output folder has that file, too, but not the optimizer's state.
     if not (Path(wanted).name.startswith(PREFIX_CHECKPOINT_DIR) and is_whole(Path(wanted, TRAINER_STATE_NAME))):
         raise ValueError(
-            f"--resume_from_checkpoint: {wanted} is not a folder {PREFIX_CHECKPOINT_DIR}-N with a {TRAINER_STATE_NAME}. Name "
+            f"--resume-from-checkpoint: {wanted} is not a folder {PREFIX_CHECKPOINT_DIR}-N with a {TRAINER_STATE_NAME}. Name "
             "one, or leave the option out to go on from the last one in the output folder."
         )
     return wanted
 
 
 def remove_checkpoints(args, model_args):
-    """For --overwrite_output_dir. Raises ValueError if one of them is what the run starts from."""
+    """For --overwrite-output-dir. Raises ValueError if one of them is what the run starts from."""
     folders = list(Path(args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"))
-    for name in ("model_name_or_path", "ptuning_checkpoint"):
+    for name, option in (("model_name_or_path", "--model"), ("ptuning_checkpoint", "--ptuning-checkpoint")):
         value = getattr(model_args, name, None)
         if value and any(Path(value).resolve().is_relative_to(folder.resolve()) for folder in folders):
             raise ValueError(
-                f"--overwrite_output_dir would remove {value} (--{name}), which this run starts from. Choose another "
-                "--output_dir."
+                f"--overwrite-output-dir would remove {value} ({option}), which this run starts from. Choose another "
+                "--output."
             )
     for folder in folders:
         shutil.rmtree(folder)
     if folders:
-        logger.warning(f"{len(folders)} checkpoints in {args.output_dir} are removed (--overwrite_output_dir).")
+        logger.warning(f"{len(folders)} checkpoints in {args.output_dir} are removed (--overwrite-output-dir).")
 
 
 class Finished(Exception):
@@ -235,7 +233,7 @@ def train(trainer: Trainer, model_args, data_args):
     settings = json.loads(json.dumps(settings, default=str))
     checkpoint = checkpoint_to_resume(args)
     if checkpoint:
-        check_settings(Path(checkpoint).parent / "settings.json", settings, "--output_dir")
+        check_settings(Path(checkpoint).parent / "settings.json", settings, "--output")
         logger.warning(f"Going on from {checkpoint}.")
     if args.should_save:
         if args.overwrite_output_dir:
