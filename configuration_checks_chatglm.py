@@ -35,7 +35,7 @@ class ConfigurationChecks:
     def validate_numbers(self):
         sizes = "padded_vocab_size ffn_hidden_size num_attention_heads seq_length multi_query_group_num pre_seq_len"
         for names, accepts, requirement in (
-            ("num_layers", lambda value: 1 <= value <= MAX_LAYERS, f"in 1 to {MAX_LAYERS}"),
+            ("num_layers", lambda value: 1 <= value <= MAX_LAYERS, f"between 1 and {MAX_LAYERS}"),
             (sizes, lambda value: value >= 1, "at least 1"),
             ("hidden_size initializer_range", lambda value: value >= 0, "at least 0"),
             ("hidden_dropout attention_dropout classifier_dropout", lambda value: 0 <= value < 1, "in [0, 1)"),

@@ -543,7 +543,7 @@ SPOILED = {
     "a shard is missing": "lacks pytorch_model-00002-of-00002.bin",
     "no config": "config.json is missing",
     "config is no JSON": "config.json is not JSON",
-    "config is wrong": "config.json: .*num_layers must be at least 1",
+    "config is wrong": "config.json: .*num_layers must be between 1 and 1000, got 0",
     "config is a list": "must hold a JSON object, got list",
     "quantization is no object": "config.json: quantization_config must be an object, got 'x'",
     "bin of something else": "pytorch_model.bin has no named tensors",
