@@ -64,7 +64,7 @@ def grow_in_place(cache: Cache | None) -> Cache | None:
 @dataclass
 class ChatRecord:
     """
-    What a cache that `chat` returned holds, by which the next round finds the part that it can reuse.
+    What the cache of a chat holds, so that the next round can reuse the part that matches.
 
     Args:
         ids (`list[int]`): Every id of the context in order, those of answers as they were generated. The cache holds

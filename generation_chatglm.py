@@ -42,8 +42,8 @@ ASSISTED_DECODING = {"assistant_model", "assistant_early_exit", "prompt_lookup_n
 
 class InvalidScoreLogitsProcessor(LogitsProcessor):
     """
-    Ends the rows whose logits are NaN or infinite, with a warning. The other rows continue. Logits of minus infinity are
-    tokens that another processor does not allow.
+    Ends the rows whose logits are NaN or infinite, with a warning. The other rows continue. A logit of minus
+    infinity is valid: another processor forbids that token.
 
     Args:
         eos_token_id (`int`): The token that ends a row.
@@ -428,8 +428,8 @@ class ChatGLMGenerationMixin(GenerationMixin):
         Caps the lengths in `options` by the context.
 
         Returns:
-            How long a prompt with history may be, so that there is room for an answer; how long one may be at all; and
-            the options.
+            The largest length of a prompt with history, which leaves room for an answer; the largest length of any prompt;
+            and the options.
         """
         options, context = dict(options), self.config.context_length
         for layer in cache.layers if cache is not None else ():

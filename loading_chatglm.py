@@ -77,7 +77,7 @@ class ChatGLMLoadingMixin:
     def save_pretrained(self, save_directory, *args, state_dict: dict | None = None, **kwargs):
         """
         The library's method. Writes the names of the published checkpoints: `classifier_head`, and `inv_freq`, which
-        nothing reads but programs that compare checkpoints (mergekit) expect.
+        only programs that compare checkpoints need (mergekit).
         """
         cls = type(self)
         if cls.__module__.startswith("torch."):  # made by FSDP2, whose code would be saved as the model's

@@ -21,7 +21,7 @@ SECONDS_TO_END = 10
 class Batched(Engine):
     """
     Args:
-        cache_tokens: Of the cache that all requests share; None: as many as the library sees room for.
+        cache_tokens: Size of the cache that all requests share. None: as many as the library has room for.
     """
 
     why_unsupported = "with continuous batching: leave it out, or start the server without --continuous-batching"

@@ -34,7 +34,7 @@ SCORED_CHUNK = 256  # where all logits are needed: 65,024 numbers for each token
 
 @dataclass
 class Sampling:
-    """How to generate, and what to tell about it. `temperature` 0 is greedy, `top_k` 0 is all."""
+    """How to generate tokens, and what to report about them. `temperature` 0 is greedy, `top_k` 0 means all tokens."""
 
     max_new_tokens: int
     temperature: float = 0.0
@@ -53,7 +53,7 @@ class Sampling:
 
 @dataclass
 class Started:
-    """Precedes the tokens: how many of the prompt's were cached, and their log probabilities if they were asked for."""
+    """Sent before the tokens: how many tokens of the prompt were cached, and their log probabilities if requested."""
 
     cached_tokens: int = 0
     prompt: list[Token] = field(default_factory=list)
@@ -64,7 +64,7 @@ class Engine:
     Generates tokens for requests.
 
     Attributes:
-        limit: How many tokens prompt and answer can have together.
+        limit: Largest number of tokens of prompt and answer together.
         waiting, running: How many answers are.
     """
 
@@ -95,13 +95,13 @@ class Engine:
 
 
 class Cancelled(Exception):
-    """The client is gone."""
+    """The client has disconnected."""
 
 
 class OneByOne(Engine):
     """
     Args:
-        cache_tokens: How many tokens of earlier dialogues are kept in caches; 0: none.
+        cache_tokens: Number of tokens of earlier dialogues that are kept in caches. 0: none.
     """
 
     why_unsupported = "with a P-Tuning prefix or RoPE that depends on the length: leave it out"

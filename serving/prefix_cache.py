@@ -1,4 +1,4 @@
-"""The caches of the last dialogues, so that their next rounds need not encode again what was said before."""
+"""KV caches of recent dialogues, so that their next rounds do not encode the history again."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class Entry:
 
 class PrefixCache:
     """
-    Keeps caches up to `max_bytes` in all; beyond, those go that were not used for longest.
+    Keeps caches of up to `max_bytes` in total. The least recently used ones are dropped first.
 
     Args:
         new_cache: Makes an empty cache.
@@ -33,8 +33,8 @@ class PrefixCache:
 
     def take(self, prompt: Sequence[int]) -> DynamicCache:
         """
-        Returns a cache that holds the beginning of `prompt`, as much of it as any, short of its last token. It is the
-        caller's until `put` gives it back.
+        Returns the cache that holds the longest beginning of `prompt`, at most all tokens but the last. Nobody else gets it
+        until `put` returns it.
         """
         lengths = [common_prefix(entry.ids, prompt[:-1]) for entry in self.entries]
         length = max(lengths, default=0)
@@ -55,7 +55,7 @@ class PrefixCache:
     def put(self, ids: Sequence[int], prompt_length: int, cache: DynamicCache):
         """
         Args:
-            ids: Prompt and answer. The cache holds these, or as many of the first ones as it has positions for.
+            ids: Prompt and answer. The cache may hold only the first ones of them.
         """
         length = int(cache.get_seq_length())
         if length < MIN_PREFIX:

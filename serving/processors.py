@@ -1,4 +1,4 @@
-"""What `generate` is given: a streamer, a stopping criterion, and processors of logits, `[1, vocab]`."""
+"""A streamer, a stopping criterion, and processors of logits, `[1, vocab]`, for `generate`."""
 
 import functools
 import importlib.util
@@ -20,7 +20,7 @@ def eos_ids(model) -> list[int]:
 
 
 class Streamer(BaseStreamer):
-    """Sends the tokens of `generate`, without the prompt, which comes first."""
+    """Sends the tokens of `generate`. The prompt, which comes first, is left out."""
 
     def __init__(self, send: Callable, recorder: "Recorder | None", alternatives: int | None):
         self.send, self.recorder, self.alternatives = send, recorder, alternatives
@@ -67,7 +67,7 @@ class Penalties(LogitsProcessor):
 
 
 class Satisfiable(LogitsProcessor):
-    """Sees that a grammar has left a token to choose: a schema may ask for what no text can be."""
+    """Raises an error if a grammar allows no token: a schema can ask for what no text can be."""
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         if not torch.isfinite(scores).any():

@@ -35,7 +35,7 @@ REFERENCE = "#/components/schemas/{model}"
 
 @dataclass
 class Defaults:
-    """What holds for requests that do not say."""
+    """Defaults for requests."""
 
     max_tokens: int = 2048  # of an answer, and at most
     temperature: float = 0.8
@@ -153,7 +153,7 @@ class Service:
         return prompt if isinstance(prompt, str) else self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def check_size(self, characters: int, param: str):
-        """Refuses what is too long whatever its tokens are, before it is encoded."""
+        """Refuses a text that is too long however it is split into tokens, before it is encoded."""
         least = characters // self.longest_token
         if least >= self.engine.limit:
             self.check_length(least, param, "at least ")
@@ -236,7 +236,7 @@ class Service:
         return JSONResponse(job.answer.whole(wholes, job.usage))
 
     async def events(self, job: Job) -> AsyncIterator[str]:
-        """The server-sent events of a stream. What fails in it is an event, too."""
+        """Yields the server-sent events of a stream. Errors are events, too."""
 
         def event(data: dict) -> str:
             return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"

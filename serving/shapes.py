@@ -1,7 +1,7 @@
 """
 The shapes of OpenAI's API: what requests may say, and what answers look like.
 
-A field that is null is as if it were not there. A field that asks for nothing (`tools: []`, `n: 1`) is accepted whatever its
+A field that is null is ignored. A field that asks for nothing (`tools: []`, `n: 1`) is accepted whatever its
 name is; one that asks for what this server cannot do is refused by name.
 """
 

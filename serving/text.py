@@ -7,8 +7,8 @@ from .shapes import Token
 
 class TextBuilder:
     """
-    Decodes tokens one by one, up to the first of the `stops`. What may yet change is held back: a character of which some
-    bytes are missing, and what may be the beginning of a stop.
+    Decodes tokens one by one, up to the first of the `stops`. Text that can still change is held back: an incomplete
+    character, and what may be the beginning of a stop.
 
     Args:
         before: Ids that precede the text. A space at the beginning of the first token is kept only after some.
