@@ -93,9 +93,9 @@ class RotaryEmbedding(nn.Module):
     @torch.no_grad()
     def forward(self, x: torch.Tensor, position_ids: torch.LongTensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Returns cos and sin in the dtype of `x`, each `[batch, seq, head_dim]`: every angle twice in a row, and the first
-        sine of each pair negated. Channels that are not rotated have cos 1 and sin 0, which takes fewer operations in each
-        layer than to split them off.
+        Returns cos and sin in the dtype of `x`, each `[batch, seq, head_dim]`. Each angle is repeated for the two
+        channels of a pair, and the first sine is negated. Channels that are not rotated have cos 1 and sin 0: that takes
+        fewer operations in each layer than splitting them off.
         """
         # Not from the buffer: model.half() rounds it, and then every angle is off.
         depends_on_length = self.rope_type in ("dynamic", "longrope")
@@ -517,8 +517,8 @@ class ChatGLMLMOutput(CausalLMOutputWithPast):
     The library's output, with what sentence encoders read.
 
     Args:
-        last_hidden_state: `[batch, seq, hidden]`, after the final norm. None in training, and where logits of some
-            positions only are asked for, as generation does: it would be held there for nothing.
+        last_hidden_state: `[batch, seq, hidden]`, after the final norm. None in training, and if `logits_to_keep`
+            selects positions, as in generation: nothing reads it there, and it would take memory.
     """
 
     last_hidden_state: torch.FloatTensor | None = None

@@ -34,8 +34,8 @@ class PrefixEncoder(nn.Module):
 
     def states(self, device) -> torch.Tensor:
         """
-        Returns the output for the whole prefix. That of the MLP, which takes as long as a step of decoding, is kept until
-        its weights change, except where gradients flow.
+        Returns the output for the whole prefix. The output of the MLP, which takes as long as a decoding step, is kept
+        until its weights change, unless gradients are needed.
         """
         prefix = torch.arange(self.config.pre_seq_len, device=device)[None]
         is_kept = self.prefix_projection and not torch.is_grad_enabled() and not torch.compiler.is_compiling()

@@ -60,11 +60,11 @@ def published_scale(weight: torch.Tensor, bits: int) -> torch.Tensor:
 
 def searched_scale(weight: torch.Tensor, bits: int, importance: torch.Tensor | None = None) -> torch.Tensor:
     """
-    As `published_scale`, but of some smaller scales takes that with the least squared error: it cuts off the largest
-    values, and rounds the others less.
+    As `published_scale`, but tries some smaller scales, too, and takes the one with the least squared error. A smaller
+    scale clips the largest values and rounds the others less.
 
     Args:
-        importance: `[..., columns]`, by which squared errors are multiplied.
+        importance: `[..., columns]`, weights of the squared errors.
     """
     largest = published_scale(weight, bits)
     best_scale, best_error = largest, torch.full(largest.shape, torch.inf, device=weight.device)
@@ -219,7 +219,7 @@ class QuantizedLinear(nn.Linear):
 class QuantizedEmbedding(nn.Embedding):
     """
     An embedding in INT8. Its state: `weight`, int8 `[num_embeddings, embedding_dim]`; `weight_scale`,
-    `[num_embeddings]`, in whose dtype the output is.
+    `[num_embeddings]`, in the dtype of the output.
     """
 
     bits, group_size = 8, None
@@ -259,8 +259,8 @@ def guard_merging(module: nn.Module, name: str, submodule: nn.Module):
     """
     Makes PEFT's layers refuse to merge into a quantized layer, until it is dequantized.
 
-    PEFT adds to `base_layer.weight` whatever that holds. With INT8 this rounded the adapter away, without an error. PEFT
-    asks the layer nothing before, so this watches for the layer being wrapped.
+    PEFT adds to `base_layer.weight`, whatever its format is. With INT8 this rounded the adapter away, without an error. PEFT
+    does not ask the layer first, so this hook notices when the layer is wrapped.
     """
     if name == "base_layer":
         if is_quantized(submodule):
@@ -274,7 +274,7 @@ register_module_module_registration_hook(guard_merging)
 
 def empty_layers(model: nn.Module, config: "ChatGLMQuantizationConfig") -> dict[str, nn.Module]:
     """
-    Returns the quantized layers, still without data, that are to take the place of those of the same name.
+    Returns quantized layers without data, which replace the layers of the same name.
 
     Raises:
         ValueError: if a layer cannot be quantized so.
@@ -393,7 +393,7 @@ class ChatGLMQuantizer(HfQuantizer):
             )
 
     def get_state_dict_and_metadata(self, model):
-        """What save_pretrained saves: the library takes it from here rather than from its argument."""
+        """Returns what `save_pretrained` saves: the library takes it from here, not from its argument `state_dict`."""
         state_dict, self.state_dict_to_save = self.state_dict_to_save, None
         return state_dict, {}
 

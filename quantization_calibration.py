@@ -27,8 +27,8 @@ def quantize(
     Quantizes a loaded model in place.
 
     Args:
-        calibration: Ids of some text, each `[batch, seq]`. They make quantization take account of what the layers
-            compute; see `quantize_calibrated`.
+        calibration: Ids of sample text, each `[batch, seq]`, to reduce the error of the layers' outputs; see
+            `quantize_calibrated`.
         options: Those of `ChatGLMQuantizationConfig`.
 
     Raises:
@@ -69,12 +69,12 @@ def replace_layer(model: nn.Module, name: str, layer: nn.Module, weight: torch.T
 
 
 class Captured(Exception):
-    """Ends a forward as soon as what was to be seen of it has been."""
+    """Ends a forward pass once the wanted inputs are known."""
 
 
 @torch.no_grad()
 def layer_inputs(module: nn.Module, layer: nn.Module, calls: list[tuple]) -> Iterator[tuple[tuple, dict]]:
-    """Calls `module` with each of `calls`, (args, kwargs), and yields the (args, kwargs) that `layer` in it gets."""
+    """Calls `module` with each (args, kwargs) of `calls`, and yields the (args, kwargs) that its `layer` is called with."""
     seen = []
 
     def capture(layer, args, kwargs):
@@ -95,13 +95,13 @@ def layer_inputs(module: nn.Module, layer: nn.Module, calls: list[tuple]) -> Ite
 @torch.no_grad()
 def quantize_calibrated(model: nn.Module, layers: dict[str, nn.Module], calibration: Iterable[torch.LongTensor]):
     """
-    Quantizes the linear layers in their order, each for the inputs that it gets from those before it, quantized already,
-    and so that its outputs come near those that it had in the original model (GPTQ, as above, with the aim of GPTAQ: Li
+    Quantizes the linear layers in order. The inputs of a layer are computed by the layers before it, which are quantized
+    already; its outputs are kept close to those of the original model (GPTQ, as below, with the objective of GPTAQ: Li
     et al. 2025, arXiv 2504.02692).
 
     Args:
-        layers: The layers to take the place of those of the same name, without data.
-        calibration: Ids, each `[batch, seq]`. Some 16,000 tokens of what the model is for do.
+        layers: Layers without data, which replace those of the same name.
+        calibration: Ids, each `[batch, seq]`. About 16,000 tokens of typical text are enough.
 
     Raises:
         ValueError: if there are no ids, or the model has a P-Tuning prefix.
@@ -148,8 +148,9 @@ def quantize_compensated(
     weight: torch.Tensor, hessian: torch.Tensor, bits: int, group_size: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Quantizes a matrix column by column, and makes up for each rounding by what is left of its row, so that the output for
-    the inputs seen changes least (GPTQ: Frantar et al. 2022, arXiv 2210.17323; the columns of most weight come first).
+    Quantizes a matrix column by column. Each rounding error is compensated by the columns of the row that are still to be
+    rounded, so that the output changes as little as possible for the calibration inputs (GPTQ: Frantar et al. 2022, arXiv
+    2210.17323; the columns with the largest inputs come first).
 
     Args:
         weight: `[out, in]`.
