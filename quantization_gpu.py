@@ -6,12 +6,13 @@
   torch then multiplies.
 
 tests/test_gpu_code.py compiles every kernel for every architecture and checks the machine code; no GPU is needed for that.
+docs/gpu.md has what was measured.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 
 try:
@@ -29,11 +30,13 @@ HAS_TRITON = triton is not None
 FEW_ROWS = 16
 # Bytes of a weight that is dequantized at a time. Large enough to fill a GPU: 8,192 of 4,096 columns in half precision.
 DEQUANTIZED_BYTES = 1 << 26
+# Rows or columns of a weight that are dequantized at a time are a multiple of this. cuBLAS has no fast kernel for others.
+ALIGNED = 128
 
 # What a program takes of a row of the weight at a time: 16-byte vectors, one for each thread of 4 warps (vector_kernel),
-# and bytes (tensor_core_kernel; dequantize_kernel, 16 for each thread of 2 warps).
+# columns (tensor_core_kernel), and bytes (dequantize_kernel, 16 for each thread of 2 warps).
 BLOCK_VECTORS = 128
-TILE_BYTES = 64
+TILE_COLUMNS = 128
 DEQUANTIZED_BLOCK = 1024
 
 
@@ -46,11 +49,12 @@ class Plan:
     block_out: int  # rows of the weight that a program takes
     splits: int  # programs that share a row of the weight; their results are added afterwards
     stages: int  # of the pipeline that copies tiles into shared memory
-    max_registers: int  # per thread, so that half of the warps that an SM can hold fit
+    max_registers: int | None  # per thread, so that half of the warps that an SM can hold fit; None for no limit
 
 
+@functools.lru_cache
 def plan_few_rows(
-    rows: int, out: int, row_bytes: int, groups: int, dtype: torch.dtype, capability: tuple[int, int]
+    rows: int, out: int, row_bytes: int, groups: int, bits: int, dtype: torch.dtype, capability: tuple[int, int]
 ) -> Plan | None:
     """
     Chooses the kernel and its sizes, such that nothing spills: see tests/test_gpu_code.py.
@@ -60,6 +64,7 @@ def plan_few_rows(
         out: Rows of the weight.
         row_bytes: Bytes of a packed row.
         groups: Scales of a row.
+        bits: 4 or 8.
         dtype: Of the activations.
         capability: Compute capability of the GPU.
 
@@ -69,35 +74,97 @@ def plan_few_rows(
     """
     if rows > FEW_ROWS or row_bytes % 16:
         return None
-    # An SM has 65,536 registers. It holds 32 warps on Turing, 64 on data center cards, 48 on consumer cards since Ampere.
-    if capability < (8, 0):
-        max_registers = 128
-    elif capability in ((8, 0), (9, 0), (10, 0), (10, 3)):
-        max_registers = 64
-    else:
-        max_registers = 80
-    # Triton uses tensor cores from sm_80 on. Up to 4 rows the vector kernel waits for memory, too, and needs fewer launches.
+    # Triton uses tensor cores from sm_80 on. One row of small weights and small groups are as fast without.
     is_half = dtype in (torch.float16, torch.bfloat16)
-    if rows > 4 and is_half and groups == 1 and row_bytes % TILE_BYTES == 0 and capability >= (8, 0):
-        splits = 4 if out < 8192 else 1  # 4 times 128 programs for 4,096 rows; an H100 has 132 SMs
-        stages = 4 if max_registers == 64 else 3  # consumer cards have less shared memory, 100 KB
-        return Plan(True, 16, 32, splits, stages, max_registers)
-    block_rows = min(1 << (rows - 1).bit_length(), 16 if max_registers == 128 else 8)
-    block_out = 4 if block_rows <= {64: 2, 80: 4, 128: 8}[max_registers] else 2
-    # No splits: 4,096 rows of the weight make 1,024 programs, whose 4 warps share the columns.
+    tile = tile_bytes(bits, row_bytes, groups)
+    is_large = out >= 8192 and tile * 8 // bits == TILE_COLUMNS
+    if (rows > 1 or is_large) and is_half and row_bytes % tile == 0 and capability >= (8, 0):
+        splits = 1 if out >= 8192 else 4  # 4 times 64 programs for 4,096 rows; an H100 has 132 SMs
+        is_data_center = capability in ((8, 0), (9, 0), (10, 0), (10, 3))
+        return Plan(True, 16, 64, splits, 4 if is_data_center else 3, None)  # others have less shared memory, 100 KB
+    # An SM has 65,536 registers. It holds 32 warps on Turing, 64 on data center cards, 48 on consumer cards since Ampere.
+    max_registers = 128 if capability < (8, 0) else 64 if capability in ((8, 0), (9, 0), (10, 0), (10, 3)) else 80
+    block_rows = min(1 << (rows - 1).bit_length(), 4) if is_half else 1
+    # Rows of the weight share the conversion of activations, which is a part of the work in INT4 alone.
+    block_out = 4 if block_rows == 1 and groups == 1 and bits == 4 else 1
     return Plan(False, block_rows, block_out, 1, 1, max_registers)
 
 
-if triton is not None:
+def tile_bytes(bits: int, row_bytes: int, groups: int) -> int:
+    """Returns how many bytes of a row `tensor_core_kernel` takes at a time: at most a group."""
+    tile = TILE_COLUMNS * bits // 8
+    return tile if groups == 1 else min(tile, row_bytes // groups)
 
-    @triton.jit
-    def unpacked(packed, shift, BITS: tl.constexpr):
-        """
-        The BITS above `shift` in float32, of int32 in two's complement whose sign bits were flipped: unsigned, with 8 or
-        128 added. The lowest bits of the float32 2^23 count in ones; conversions of integers are several times slower.
-        """
-        unsigned = ((packed >> shift) & ((1 << BITS) - 1)) | 0x4B000000
-        return unsigned.to(tl.float32, bitcast=True) - (2.0**23 + (1 << (BITS - 1)))
+
+if triton is not None:
+    # Four bytes of weights to float16 or bfloat16, in one instruction for two where there is one: the weight's bits, with
+    # their sign flipped, count in ones above 2^10 (float16) or 2^7 (bfloat16), from which the offset is subtracted.
+    # Triton alone takes about three times as many instructions. Even columns of INT4 are in the high halves of bytes.
+    INT4_TO_FLOAT16 = tl.constexpr("""
+        {
+        .reg .b32 flipped, low, high, sixteenth, even_offset, odd_offset;
+        xor.b32 flipped, $4, 0x88888888;
+        prmt.b32 low, flipped, 0, 0x4140;
+        prmt.b32 high, flipped, 0, 0x4342;
+        lop3.b32 $0, low, 0x00f000f0, 0x64006400, 0xea;
+        lop3.b32 $1, high, 0x00f000f0, 0x64006400, 0xea;
+        lop3.b32 $2, low, 0x000f000f, 0x64006400, 0xea;
+        lop3.b32 $3, high, 0x000f000f, 0x64006400, 0xea;
+        mov.b32 sixteenth, 0x2c002c00;
+        mov.b32 even_offset, 0xd480d480;
+        mov.b32 odd_offset, 0x64086408;
+        fma.rn.f16x2 $0, $0, sixteenth, even_offset;
+        fma.rn.f16x2 $1, $1, sixteenth, even_offset;
+        sub.f16x2 $2, $2, odd_offset;
+        sub.f16x2 $3, $3, odd_offset;
+        }
+    """)
+    INT4_TO_BFLOAT16 = tl.constexpr("""
+        {
+        .reg .b32 flipped, low, high, shifted, one, offset;
+        xor.b32 flipped, $4, 0x88888888;
+        prmt.b32 low, flipped, 0, 0x4140;
+        prmt.b32 high, flipped, 0, 0x4342;
+        shr.u32 shifted, low, 4;
+        lop3.b32 $0, shifted, 0x000f000f, 0x43004300, 0xea;
+        shr.u32 shifted, high, 4;
+        lop3.b32 $1, shifted, 0x000f000f, 0x43004300, 0xea;
+        lop3.b32 $2, low, 0x000f000f, 0x43004300, 0xea;
+        lop3.b32 $3, high, 0x000f000f, 0x43004300, 0xea;
+        mov.b32 one, 0x3f803f80;
+        mov.b32 offset, 0xc308c308;
+        fma.rn.bf16x2 $0, $0, one, offset;
+        fma.rn.bf16x2 $1, $1, one, offset;
+        fma.rn.bf16x2 $2, $2, one, offset;
+        fma.rn.bf16x2 $3, $3, one, offset;
+        }
+    """)
+    INT8_TO_FLOAT16 = tl.constexpr("""
+        {
+        .reg .b32 flipped, offset;
+        xor.b32 flipped, $2, 0x80808080;
+        prmt.b32 $0, flipped, 0x64646464, 0x4140;
+        prmt.b32 $1, flipped, 0x64646464, 0x4342;
+        mov.b32 offset, 0x64806480;
+        sub.f16x2 $0, $0, offset;
+        sub.f16x2 $1, $1, offset;
+        }
+    """)
+    # bfloat16 has room for seven bits above 2^7; the eighth, the sign, makes the offset -128 or -256.
+    INT8_TO_BFLOAT16 = tl.constexpr("""
+        {
+        .reg .b32 low, high, one, offset;
+        prmt.b32 low, $2, 0, 0x4140;
+        prmt.b32 high, $2, 0, 0x4342;
+        lop3.b32 $0, low, 0x007f007f, 0x43004300, 0xea;
+        lop3.b32 $1, high, 0x007f007f, 0x43004300, 0xea;
+        mov.b32 one, 0x3f803f80;
+        lop3.b32 offset, low, 0x00800080, 0xc300c300, 0xea;
+        fma.rn.bf16x2 $0, $0, one, offset;
+        lop3.b32 offset, high, 0x00800080, 0xc300c300, 0xea;
+        fma.rn.bf16x2 $1, $1, one, offset;
+        }
+    """)
 
     @triton.jit
     def words(vectors, SHAPE: tl.constexpr):
@@ -108,8 +175,23 @@ if triton is not None:
         return first, second, third, fourth
 
     @triton.jit
+    def load_eight(row, inside, BLOCK: tl.constexpr):
+        """Returns the next eight of each of BLOCK places, as eight tensors. A thread loads all of a place, 16 bytes at a time."""
+        pointers, inside = row[:, None], inside[:, None]
+        if row.dtype.element_ty.primitive_bitwidth == 32:
+            four = tl.arange(0, 4)[None, :]
+            low = words(tl.load(pointers + four, mask=inside, other=0.0), (BLOCK, 2, 2))
+            high = words(tl.load(pointers + 4 + four, mask=inside, other=0.0), (BLOCK, 2, 2))
+        else:
+            eight = tl.load(pointers + tl.arange(0, 8)[None, :], mask=inside, other=0.0)
+            even, odd = tl.split(eight.reshape((BLOCK, 4, 2)))
+            even, odd = words(even, (BLOCK, 2, 2)), words(odd, (BLOCK, 2, 2))
+            low, high = (even[0], odd[0], even[1], odd[1]), (even[2], odd[2], even[3], odd[3])
+        return low + high
+
+    @triton.jit
     def vector_kernel(
-        x_ptr, weight_ptr, scale_ptr, y_ptr, rows, out, vectors, groups, columns_per_word,
+        x_ptr, weight_ptr, scale_ptr, y_ptr, rows, out, vectors, groups, columns, exponent,
         BITS: tl.constexpr, GROUP_VECTORS: tl.constexpr,
         BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
@@ -117,12 +199,11 @@ if triton is not None:
         Each thread loads 16 bytes, four words of 32 bits, of each of BLOCK_OUT rows of the weight at a time.
 
         Args:
-            x_ptr: float32 `[row_blocks, columns_per_word, blocks, BLOCK_ROWS, 4 * BLOCK]`: columns at the same place in
-                their words are neighbours, so that a thread loads those of its four words at once. Padded with zeros.
+            x_ptr: `[rows, columns]`, floating point.
             weight_ptr: int32 `[out, 4 * vectors]`.
             scale_ptr: `[out]` or `[out, groups]`.
             y_ptr: `[rows, out]`.
-            columns_per_word: 8 or 4. No constant, or the compiler unrolls the loop and keeps all activations in registers.
+            exponent: The bits of 2^23 in float32. As a constant, it would be loaded again for each weight.
             GROUP_VECTORS: Vectors that share a scale; 0 for a scale per row.
         """
         # Programs that share weights are neighbours: they run at the same time, and only one reads from memory.
@@ -130,34 +211,38 @@ if triton is not None:
         first_row = tl.program_id(0) % row_blocks * BLOCK_ROWS
         n = tl.program_id(0) // row_blocks * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
         row = tl.minimum(n, out - 1)
-        lane = tl.arange(0, 4)
-        blocks = tl.cdiv(vectors, BLOCK)
-        x_ptr += first_row * columns_per_word * blocks * (BLOCK * 4)
+        PER_WORD: tl.constexpr = 32 // BITS
         sums = (tl.zeros((BLOCK_OUT, BLOCK), dtype=tl.float32),) * BLOCK_ROWS
-        for block in range(0, blocks):
-            v = tl.arange(0, BLOCK)
+        for block in range(0, tl.cdiv(vectors, BLOCK)):
+            v = block * BLOCK + tl.arange(0, BLOCK)
             # Beyond the end of the row the activations are zero: any weight will do.
-            inside = tl.minimum(block * BLOCK + v, vectors - 1)
-            word = (row.to(tl.int64) * (vectors * 4))[:, None, None] + (inside * 4)[None, :, None] + lane[None, None, :]
-            packed = tl.load(weight_ptr + word)
+            inside = tl.minimum(v, vectors - 1)
+            word = (row.to(tl.int64) * (vectors * 4))[:, None, None] + (inside * 4)[None, :, None]
+            packed = tl.load(weight_ptr + word + tl.arange(0, 4)[None, None, :])
+            # With the sign flipped, numbers are unsigned, with 8 or 128 added.
             packed = words(packed ^ (-0x77777778 if BITS == 4 else -0x7F7F7F80), (BLOCK_OUT, BLOCK, 2, 2))
             if GROUP_VECTORS > 0:
                 scale = tl.load(scale_ptr + row[:, None] * groups + (inside // GROUP_VECTORS)[None, :]).to(tl.float32)
-            for column in range(0, columns_per_word):
-                # Even columns of INT4 are in the high halves of bytes.
-                shift = 4 * (column ^ 1) if BITS == 4 else 8 * column
-                weight = ()
-                for i in tl.static_range(4):
-                    weight = weight + (unpacked(packed[i], shift, BITS) * (scale if GROUP_VECTORS > 0 else 1.0),)
-                x_block = x_ptr + (column * blocks + block) * (BLOCK_ROWS * BLOCK * 4)
-                added = ()
-                for m in tl.static_range(BLOCK_ROWS):
-                    x = words(tl.load(x_block + m * BLOCK * 4 + (v * 4)[:, None] + lane[None, :]), (BLOCK, 2, 2))
-                    total = sums[m]
-                    for i in tl.static_range(4):
-                        total += weight[i] * x[i][None, :]
-                    added = added + (total,)
-                sums = added
+            added = ()
+            for m in tl.static_range(BLOCK_ROWS):
+                x_row = x_ptr + tl.minimum(first_row + m, rows - 1) * columns + v * (4 * PER_WORD)
+                total = sums[m] if GROUP_VECTORS == 0 else tl.zeros((BLOCK_OUT, BLOCK), dtype=tl.float32)
+                for eight in tl.static_range(PER_WORD // 2):
+                    x = load_eight(x_row + eight * 8, v < vectors, BLOCK)
+                    for i in tl.static_range(8):
+                        word_bits = packed[eight if BITS == 4 else 2 * eight + i // 4]
+                        # Even columns of INT4 are in the high halves of bytes.
+                        shift = 4 * (i ^ 1) if BITS == 4 else 8 * (i % 4)
+                        if shift >= 16:
+                            word_bits = word_bits >> 16
+                            shift = shift - 16
+                        # The lowest bits of 2^23 count in ones. Where the number's do not begin at the lowest, it is
+                        # larger by a power of two, by which x is made smaller: shifting each would take twice as long.
+                        unsigned = (word_bits & (((1 << BITS) - 1) << shift)) | exponent
+                        weight = unsigned.to(tl.float32, bitcast=True) - (2.0**23 + (1 << (BITS - 1 + shift)))
+                        total += weight * (x[i].to(tl.float32) * (1.0 / (1 << shift)))[None, :]
+                added = added + (total if GROUP_VECTORS == 0 else sums[m] + total * scale,)
+            sums = added
         if GROUP_VECTORS == 0:
             scale = tl.load(scale_ptr + row).to(tl.float32)
         for m in tl.static_range(BLOCK_ROWS):
@@ -168,47 +253,74 @@ if triton is not None:
                 tl.store(y_ptr + (first_row + m) * out + n, y.to(y_ptr.dtype.element_ty), mask=n < out)
 
     @triton.jit
-    def unpacked_int4(packed, SHIFT: tl.constexpr, dtype: tl.constexpr):
-        """As `unpacked`, of int16 into float16 or bfloat16, whose 2^10 and 2^7 count in ones: fewer registers."""
-        unsigned = (packed >> SHIFT) & 15
-        if dtype == tl.float16:
-            return (unsigned | 0x6400).to(tl.float16, bitcast=True) - 1032.0
+    def even_and_odd(packed, dtype: tl.constexpr, PTX: tl.constexpr):
+        """The even and the odd columns of INT4, in float16 or bfloat16."""
+        if PTX and dtype == tl.float16:
+            even, odd = tl.inline_asm_elementwise(
+                INT4_TO_FLOAT16, "=r,=r,=r,=r,r", [packed], (tl.float16, tl.float16), True, 4
+            )
+        elif PTX:
+            even, odd = tl.inline_asm_elementwise(
+                INT4_TO_BFLOAT16, "=r,=r,=r,=r,r", [packed], (tl.bfloat16, tl.bfloat16), True, 4
+            )
         else:
-            return (unsigned | 0x4300).to(tl.bfloat16, bitcast=True) - 136.0
+            even, odd = (packed >> 4).to(tl.float32), ((packed << 4).to(tl.int8) >> 4).to(tl.float32)
+        return even.to(dtype), odd.to(dtype)
+
+    @triton.jit
+    def from_int8(packed, dtype: tl.constexpr, PTX: tl.constexpr):
+        if PTX and dtype == tl.float16:
+            weight = tl.inline_asm_elementwise(INT8_TO_FLOAT16, "=r,=r,r", [packed], tl.float16, True, 4)
+        elif PTX:
+            weight = tl.inline_asm_elementwise(INT8_TO_BFLOAT16, "=r,=r,r", [packed], tl.bfloat16, True, 4)
+        else:
+            weight = packed.to(tl.float32).to(dtype)
+        return weight
 
     @triton.jit
     def tensor_core_kernel(
         x_ptr, weight_ptr, scale_ptr, y_ptr, rows, out, tiles,
-        BITS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK: tl.constexpr,
+        BITS: tl.constexpr, GROUPED: tl.constexpr, PTX: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         """
         Each program multiplies up to 16 rows by BLOCK_OUT rows of the weight, over its share of the tiles of columns.
 
         Args:
-            x_ptr: float16 or bfloat16 `[rows, tiles, 8 / BITS, BLOCK]`: the even columns of INT4 before the odd ones.
+            x_ptr: float16 or bfloat16 `[rows, tiles * BLOCK * 8 / BITS]`.
             weight_ptr: int8 `[out, tiles * BLOCK]`.
-            scale_ptr: `[out]`.
+            scale_ptr: `[out]`, or `[out, tiles]` if GROUPED.
             y_ptr: `[splits, rows, out]`, partial sums.
+            PTX: Whether the code is for NVIDIA's GPUs, rather than AMD's or Triton's interpreter.
         """
+        COLUMNS: tl.constexpr = BLOCK * 8 // BITS
         n = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
         row = tl.minimum(n, out - 1)
-        m, k = tl.arange(0, 16), tl.arange(0, BLOCK)
-        PER_BYTE: tl.constexpr = 8 // BITS
-        x_rows = x_ptr + tl.minimum(m, rows - 1)[:, None] * (tiles * BLOCK * PER_BYTE) + k[None, :]
+        m, k, columns = tl.arange(0, 16), tl.arange(0, BLOCK), tl.arange(0, COLUMNS)
+        x_rows = x_ptr + m[:, None] * (tiles * COLUMNS) + columns[None, :]
         weight_rows = weight_ptr + row[None, :].to(tl.int64) * (tiles * BLOCK) + k[:, None]
         split, splits = tl.program_id(1), tl.num_programs(1)
+        first, end = tiles * split // splits, tiles * (split + 1) // splits
         sums = tl.zeros((16, BLOCK_OUT), dtype=tl.float32)
-        for tile in range(tiles * split // splits, tiles * (split + 1) // splits):
+        scale_rows = scale_ptr + row * (tiles if GROUPED else 1)
+        scale = tl.load(scale_rows + (first if GROUPED else 0))
+        for tile in range(first, end):
             packed = tl.load(weight_rows + tile * BLOCK)
-            x = tl.load(x_rows + tile * (BLOCK * PER_BYTE))
+            x = tl.load(x_rows + tile * COLUMNS, mask=(m < rows)[:, None], other=0.0)
+            start = tl.zeros((16, BLOCK_OUT), dtype=tl.float32) if GROUPED else sums
             if BITS == 4:
-                packed = packed.to(tl.int16) ^ 0x88
-                sums = tl.dot(x, unpacked_int4(packed, 4, x.dtype), sums)
-                x = tl.load(x_rows + tile * (BLOCK * PER_BYTE) + BLOCK)
-                sums = tl.dot(x, unpacked_int4(packed, 0, x.dtype), sums)
+                even, odd = even_and_odd(packed, x.dtype, PTX)
+                x_even, x_odd = tl.split(x.reshape((16, BLOCK, 2)))
+                total = tl.dot(x_odd, odd, tl.dot(x_even, even, start))
             else:
-                sums = tl.dot(x, unpacked(packed.to(tl.int32) ^ 0x80, 0, BITS).to(x.dtype), sums)
-        sums *= tl.load(scale_ptr + row).to(tl.float32)[None, :]
+                total = tl.dot(x, from_int8(packed, x.dtype, PTX), start)
+            if GROUPED:
+                sums += total * scale.to(tl.float32)[None, :]
+                # The next one is loaded while the next tile is multiplied: it is too small to be copied with it.
+                scale = tl.load(scale_rows + tl.minimum(tile + 1, tiles - 1))
+            else:
+                sums = total
+        if not GROUPED:
+            sums *= scale.to(tl.float32)[None, :]
         y_rows = y_ptr + (split * rows + m[:, None]).to(tl.int64) * out
         tl.store(y_rows + n[None, :], sums.to(y_ptr.dtype.element_ty), mask=(m[:, None] < rows) & (n[None, :] < out))
 
@@ -264,28 +376,22 @@ def few_rows_linear(
     (rows, columns), (out, row_bytes) = x.shape, weight.shape
     # Newer releases of Triton fuse multiplications and additions only if asked to.
     options = dict(num_warps=4, num_stages=plan.stages, enable_fp_fusion=True)
-    if torch.version.hip is None:  # AMD's backend does not know it
+    is_nvidia = torch.version.hip is None
+    if is_nvidia and plan.max_registers is not None:
         options["maxnreg"] = plan.max_registers
     if plan.tensor_cores:
-        tiles = row_bytes // TILE_BYTES
-        if bits == 4:
-            x = x.view(rows, tiles, TILE_BYTES, 2).transpose(2, 3).contiguous()
+        tile = tile_bytes(bits, row_bytes, groups)
+        options["num_warps"] = min(4, plan.block_out * tile // (16 * 32))  # each thread copies 16 bytes of the weight
         y = x.new_empty(plan.splits, rows, out, dtype=x.dtype if plan.splits == 1 else torch.float32)
         tensor_core_kernel[(triton.cdiv(out, plan.block_out), plan.splits)](
-            x, weight, scale, y, rows, out, tiles, BITS=bits, BLOCK_OUT=plan.block_out, BLOCK=TILE_BYTES, **options
-        )
+            x, weight, scale, y, rows, out, row_bytes // tile, BITS=bits, GROUPED=groups > 1,
+            PTX=is_nvidia and x.device.type != "cpu", BLOCK_OUT=plan.block_out, BLOCK=tile, **options,
+        )  # fmt: skip
         return y[0] if plan.splits == 1 else y.sum(0).to(x.dtype)  # in the same order each time
     y = x.new_empty(rows, out)
-    vectors, per_word = row_bytes // 16, 32 // bits
-    blocks = triton.cdiv(vectors, BLOCK_VECTORS)
-    row_blocks, words = triton.cdiv(rows, plan.block_rows), BLOCK_VECTORS * 4
-    padding = (0, blocks * words * per_word - columns, 0, row_blocks * plan.block_rows - rows)
-    if any(padding):
-        x = nn.functional.pad(x, padding)
-    x = x.view(row_blocks, plan.block_rows, blocks, words, per_word).permute(0, 4, 2, 1, 3)
-    x = torch.empty(x.shape, dtype=torch.float32, device=x.device).copy_(x)  # one kernel that also converts
-    vector_kernel[(row_blocks * triton.cdiv(out, plan.block_out),)](
-        x, weight.view(torch.int32), scale, y, rows, out, vectors, groups, per_word,
+    vectors = row_bytes // 16
+    vector_kernel[(triton.cdiv(rows, plan.block_rows) * triton.cdiv(out, plan.block_out),)](
+        x, weight.view(torch.int32), scale, y, rows, out, vectors, groups, columns, 0x4B000000,
         BITS=bits, GROUP_VECTORS=0 if groups == 1 else vectors // groups,
         BLOCK_ROWS=plan.block_rows, BLOCK_OUT=plan.block_out, BLOCK=BLOCK_VECTORS, **options,
     )  # fmt: skip
@@ -310,6 +416,7 @@ def dequantize_into(buffer: torch.Tensor, weight: torch.Tensor, scale: torch.Ten
     )  # fmt: skip
 
 
+@functools.lru_cache
 def capability(device: torch.device) -> tuple[int, int]:
     # In Triton's interpreter, on a CPU, any will do.
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
@@ -330,12 +437,12 @@ def gpu_linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits:
     x, weight, scale = x.contiguous(), weight.contiguous(), scale.contiguous()
     (rows, columns), (out, row_bytes) = x.shape, weight.shape
     groups = scale.numel() // out
-    plan = plan_few_rows(rows, out, row_bytes, groups, x.dtype, capability(x.device))
+    plan = plan_few_rows(rows, out, row_bytes, groups, bits, x.dtype, capability(x.device))
     with torch.cuda.device_of(x):
         if plan is not None and weight.data_ptr() % 16 == 0:
             return few_rows_linear(x, weight, scale, bits, groups, plan)
         y = x.new_empty(rows, out)
-        chunk = max(1, DEQUANTIZED_BYTES // (columns * x.element_size()))
+        chunk = max(1, DEQUANTIZED_BYTES // (columns * x.element_size()) // ALIGNED) * ALIGNED
         buffer = x.new_empty(min(chunk, out), columns)
         for start in range(0, out, chunk):
             rows_of_chunk = slice(start, min(start + chunk, out))
@@ -362,8 +469,8 @@ def gpu_linear_backward(
     out, columns = weight.shape[0], weight.shape[1] * 8 // bits
     groups = scale.shape[1]
     grad = grad_output.new_empty(len(grad_output), columns)
-    # Parts of columns rather than of rows, so that there are no partial sums to round. 128 is a multiple of every group.
-    chunk = max(128, DEQUANTIZED_BYTES // (out * grad.element_size()) // 128 * 128)
+    # Parts of columns rather than of rows, so that there are no partial sums to round. ALIGNED is a multiple of every group.
+    chunk = max(1, DEQUANTIZED_BYTES // (out * grad.element_size()) // ALIGNED) * ALIGNED
     buffer = grad.new_empty(out * min(chunk, columns))
     with torch.cuda.device_of(grad):
         for start in range(0, columns, chunk):

@@ -135,6 +135,7 @@ def compile_launch(gpu, launch: tuple, architecture: int) -> dict:
         "constants": constants,
         "signature": signature,
         "warps": options.get("num_warps", 4),
+        "stages": options.get("num_stages", 1),
         "registers": resources["REG"],
         "spilled": resources["STACK"] + resources["LOCAL"],
         "shared": compiled.metadata.shared,
@@ -213,20 +214,36 @@ def test_no_spills(code):
 
 
 def test_half_of_the_warps_fit(code):
-    assert [one for one in code if 2 * resident_warps(one) < ARCHITECTURES[one["architecture"]].warps] == []
+    """Warps hide the time that memory takes, except where loads are copies in the background."""
+    warps = {architecture: sm.warps for architecture, sm in ARCHITECTURES.items()}
+    for one in code:
+        assert one["kernel"] == "tensor_core_kernel" or 2 * resident_warps(one) >= warps[one["architecture"]], one
+
+
+def test_copies_in_flight(code):
+    """
+    At least 16 KB of weights for each SM: what memory gives it within a microsecond is 14 KB on an A100, 11 KB on an RTX 5090
+    and less on most cards. (More registers, and so fewer warps, took 0.56 of the time on an H200.)
+    """
+    for one in of(code, "tensor_core_kernel"):
+        constants, blocks = one["constants"], resident_warps(one) // one["warps"]
+        assert blocks * (one["stages"] - 1) * constants["BLOCK_OUT"] * constants["BLOCK"] >= 16 * 1024, one
 
 
 def test_few_rows_load_whole_vectors(code):
     """16 bytes a thread, weights and activations. Scales: at most one for each 16 bytes of the weight."""
     for one in of(code, "vector_kernel"):
-        block_out, block_rows = one["constants"]["BLOCK_OUT"], one["constants"]["BLOCK_ROWS"]
-        assert [16] * block_rows in one["loads in loops"], one  # over the columns of words: activations alone
-        for loads in one["loads in loops"]:
-            scales = [size for size in loads if size != 16]
-            assert len(scales) <= (block_out if one["constants"]["GROUP_VECTORS"] else 0), one
+        (loads,) = one["loads in loops"]
+        scales = [size for size in loads if size != 16]
+        assert len(scales) <= (one["constants"]["BLOCK_OUT"] if one["constants"]["GROUP_VECTORS"] else 0), one
     for one in of(code, "tensor_core_kernel"):
-        assert set(one["copies"]) == {16} and one["mma"], one
-        assert len(one["loads"]) <= 2 and set(one["loads"]) <= {2, 4}, one  # scales, after the loop
+        constants = one["constants"]
+        columns = constants["BLOCK"] * 8 // constants["BITS"]
+        assert 16 in one["copies"] and one["mma"], one
+        assert set(one["copies"]) <= ({8, 16} if columns == 32 else {16}), one  # 32 columns of 16 rows are little
+        (loads,) = one["loads in loops"]
+        scales = [size for size in loads if size != 16]
+        assert len(scales) <= (4 if one["constants"]["GROUPED"] else 0), one
 
 
 def test_dequantization_loads_and_stores_whole_vectors(code):
@@ -238,6 +255,7 @@ def test_dequantization_loads_and_stores_whole_vectors(code):
 def test_arithmetic_of_few_rows(code):
     """A multiply-add for each weight and row, and none of the slow instructions that convert integers."""
     for one in of(code, "vector_kernel"):
-        multiplied = 4 * one["constants"]["BLOCK_OUT"] * one["constants"]["BLOCK_ROWS"]
-        assert one["fma"] >= multiplied, one
+        constants = one["constants"]
+        weights = 16 * 8 // constants["BITS"] * constants["BLOCK_OUT"]  # of a thread
+        assert one["fma"] >= weights * constants["BLOCK_ROWS"], one
     assert not [one for one in code if one["kernel"] != "dequantize_kernel" and one["converted integers"]]

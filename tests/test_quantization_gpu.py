@@ -73,9 +73,12 @@ CASES = [
     (2, 5, 4224, 128),
     (1, 4, 1024, 32),
     (4, 5, 1024, 64),
-    (7, 37, 1088, None),  # tensor cores, if any: two programs, and splits of different length
+    (7, 70, 896, None),  # tensor cores, if any: two programs, and splits of different length
     (16, 33, 256, None),
     (16, 5, 1024, 128),
+    (5, 5, 512, 32),
+    (3, 5, 512, 64),
+    (5, 5, 1056, None),  # no whole tiles of tensor cores
     (3, 5, 688, None),  # rows of INT4 that do not begin at multiples of 16 bytes
     (3, 7, 35, None),  # INT8 alone: an odd number of columns
     (17, 7, 34, None),
@@ -105,6 +108,7 @@ def test_chunks_of_the_weight(gpu, monkeypatch, bits, group_size, dtype):
     """Prefill and the backward pass, with a weight that is dequantized in several parts of different size."""
     out, columns = 38, 640
     monkeypatch.setattr(gpu, "DEQUANTIZED_BYTES", 16 * columns * dtype.itemsize)
+    monkeypatch.setattr(gpu, "ALIGNED", 16)
     sizes = []
     dequantize = gpu.dequantize_into
     monkeypatch.setattr(gpu, "dequantize_into", lambda part, *args: sizes.append(part.shape) or dequantize(part, *args))
@@ -143,29 +147,39 @@ QKV, DENSE, H_TO_4H, FOUR_H_TO_H = (4608, 2048), (4096, 2048), (27392, 2048), (4
 def test_plan_of_the_6b(gpu):
     half, single = torch.float16, torch.float32
 
-    def plan(rows, shape, capability, dtype=half, groups=1):
-        return gpu.plan_few_rows(rows, *shape, groups, dtype, capability)
+    def plan(rows, shape, capability, dtype=half, groups=1, bits=4):
+        return gpu.plan_few_rows(rows, *shape, groups, bits, dtype, capability)
 
-    for shape in (QKV, DENSE, H_TO_4H, FOUR_H_TO_H):
+    for shape in (QKV, DENSE, FOUR_H_TO_H):
         assert plan(17, shape, HOPPER) is None
         for capability, registers in {TURING: 128, AMPERE: 64, (8, 6): 80, ADA: 80, HOPPER: 64, (12, 0): 80}.items():
             assert plan(1, shape, capability) == gpu.Plan(False, 1, 4, 1, 1, registers)
-    # Tensor cores: more than 4 rows of half precision on Ampere and newer, with a scale per row
-    assert plan(5, H_TO_4H, HOPPER) == gpu.Plan(True, 16, 32, 1, 4, 64)
-    assert plan(16, H_TO_4H, ADA, torch.bfloat16) == gpu.Plan(True, 16, 32, 1, 3, 80)
+            assert plan(1, shape, capability, bits=8) == gpu.Plan(False, 1, 1, 1, 1, registers)
+    # Tensor cores: half precision on Ampere and newer, for more than one row or for large weights
+    assert plan(1, H_TO_4H, HOPPER) == plan(2, H_TO_4H, HOPPER) == gpu.Plan(True, 16, 64, 1, 4, None)
+    assert plan(1, H_TO_4H, ADA, groups=32).tensor_cores and not plan(1, H_TO_4H, ADA, groups=64).tensor_cores
+    assert plan(16, H_TO_4H, ADA, torch.bfloat16) == gpu.Plan(True, 16, 64, 1, 3, None)
+    assert plan(16, H_TO_4H, ADA, groups=32).tensor_cores
     assert plan(8, DENSE, HOPPER).splits == 4
-    for choice in (plan(16, DENSE, TURING), plan(16, DENSE, ADA, single), plan(16, DENSE, ADA, groups=32)):
+    for choice in (plan(16, DENSE, TURING), plan(16, DENSE, ADA, single), plan(2, (4096, 2064), ADA)):
         assert not choice.tensor_cores
-    # Rows of the weight for each program: fewer as rows of activations need registers
-    assert [plan(rows, DENSE, TURING).block_out for rows in (2, 3, 8, 9)] == [4, 4, 4, 2]
-    assert [plan(rows, DENSE, ADA, single).block_out for rows in (2, 4, 5, 16)] == [4, 4, 2, 2]
-    assert [plan(rows, DENSE, HOPPER, single).block_out for rows in (2, 3, 8, 9)] == [4, 2, 2, 2]
-    assert [plan(9, DENSE, capability, single).block_rows for capability in (TURING, ADA, HOPPER)] == [16, 8, 8]
+    assert [plan(rows, DENSE, TURING).block_rows for rows in (1, 2, 3, 16)] == [1, 2, 4, 4]
+    assert [plan(rows, DENSE, TURING).block_out for rows in (1, 2, 3, 16)] == [4, 1, 1, 1]
+    assert plan(16, DENSE, ADA, single) == plan(1, DENSE, ADA, single) == gpu.Plan(False, 1, 4, 1, 1, 80)
+    assert plan(1, DENSE, ADA, groups=32).block_out == 1
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_tiles(gpu, bits):
+    row_bytes = 4096 * bits // 8
+    assert [gpu.tile_bytes(bits, row_bytes, 4096 // group) for group in (4096, 128, 64, 32)] == [
+        columns * bits // 8 for columns in (128, 128, 64, 32)
+    ]
 
 
 @pytest.mark.parametrize("row_bytes", [17, 344, 1000])
 def test_plan_of_unaligned_rows(gpu, row_bytes):
-    assert gpu.plan_few_rows(1, 4096, row_bytes, 1, torch.float16, HOPPER) is None
+    assert gpu.plan_few_rows(1, 4096, row_bytes, 1, 4, torch.float16, HOPPER) is None
 
 
 @pytest.mark.parametrize("rows", [1, 7, 20])
@@ -187,7 +201,7 @@ def test_launch_reads_no_data(gpu, monkeypatch, rows):
     assert gpu.gpu_linear(x, weight, scale, 4).shape == (rows, 27392)
     # 8,192 rows of 8 KB are 64 MB: three whole parts, and one of 2,816 rows
     whole, rest = (8192, 2), (2816, 2)
-    assert launches == {1: [(6848,)], 7: [(856, 1)], 20: [whole, whole, whole, rest]}[rows]
+    assert launches == {1: [(428, 1)], 7: [(428, 1)], 20: [whole, whole, whole, rest]}[rows]
 
 
 def test_steps_are_one_graph(small_model):
