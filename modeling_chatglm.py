@@ -26,7 +26,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_chatglm import can_use_cpu_sdpa, cpu_sdpa_forward
+from .attention_chatglm import can_use_grouped_sdpa, grouped_sdpa_forward
 from .cache_chatglm import grow_in_place
 from .checks_chatglm import (
     check_cache,
@@ -239,8 +239,8 @@ class SelfAttention(nn.Module):
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        if self.config._attn_implementation == "sdpa" and can_use_cpu_sdpa(query, attention_mask, kwargs):
-            attention_interface = cpu_sdpa_forward
+        if self.config._attn_implementation == "sdpa" and can_use_grouped_sdpa(query, attention_mask, kwargs):
+            attention_interface = grouped_sdpa_forward
         output, weights = attention_interface(
             self,
             query,

@@ -1,6 +1,7 @@
 """Attention of one token by the compiled library: right for every shape that it takes, and taken only where it can be."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -98,3 +99,18 @@ def test_every_number_of_heads(attention):
         torch.testing.assert_close(
             attention.cpu_attention(query[0], key[0], value[0], 1.0), exact[0], rtol=1e-4, atol=1e-5
         )
+
+
+def test_on_gpus_one_token_with_a_mask(chatglm):
+    """There, torch does not copy keys and values without a mask, and may take much memory for prompts."""
+    can_use = chatglm.attention.can_use_grouped_sdpa
+    mask = torch.ones(1, 1, 1, 8, dtype=torch.bool)
+    for length, attention_mask, kwargs, expected in [
+        (1, mask, {}, True),
+        (1, None, {}, False),
+        (2, mask, {}, False),
+        (1, mask.expand(1, 4, 1, 8), {}, False),
+        (1, mask, {"cache": None}, False),
+    ]:
+        query = SimpleNamespace(device=torch.device("cuda"), shape=(1, 4, length, 8))
+        assert can_use(query, attention_mask, kwargs) == expected
