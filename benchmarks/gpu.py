@@ -1,7 +1,8 @@
 """
 ChatGLM2-6B on a GPU, with random weights: decoding as a share of what the memory's bandwidth allows, prompts beside torch's
-matrix multiplications alone, and peak memory; in bfloat16, INT8 and INT4, with each cache and attention that is installed,
-beside other libraries' quantization. And how far each attention's logits are from eager float32.
+matrix multiplications alone, and peak memory; in INT4, bfloat16 and INT8, INT4 with each cache and attention that is
+installed, beside `GlmForCausalLM` of Transformers and other libraries' quantization of it. And how far each attention's
+logits are from eager float32. The figures are written after each model.
 
     python -m benchmarks.gpu --output benchmarks/results/gpu.json
     python -m benchmarks.gpu --device cpu --quick        # a small model, to see that every call can be made
@@ -10,25 +11,24 @@ That the kernels are right on the GPU is what tests/test_quantization_gpu.py che
 """
 
 import functools
+import gc
 import sys
 import time
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, BitsAndBytesConfig, GlmForCausalLM, TorchAoConfig
+from transformers import BitsAndBytesConfig, GlmForCausalLM, TorchAoConfig
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
-
-from common.package import ROOT
 
 from .decode import weight_bytes
 from .gpu_limits import layer_shapes
 from .measure import Clock, options, report, seconds
-from .random_checkpoint import load, write_checkpoint
+from .random_checkpoint import random_model
 from .systems import Glm, is_installed, paged_cache, prepared, random_prompt
 
 
-PRECISIONS = {"bfloat16": None, "int8": 8, "int4": 4}
+PRECISIONS = {"int4": 4, "bfloat16": None, "int8": 8}
 # How the steps of `generate` run: each operation launched by Python; the same with a cache of fixed size; compiled, with
 # CUDA graphs, which on a GPU is what a static cache does by default
 STEPS = {
@@ -48,15 +48,17 @@ def attention_implementations(device: torch.device) -> list[str]:
 
 
 def peers() -> dict:
-    """Other libraries' quantization to 4 bits, for `GlmForCausalLM` of Transformers: functions that make its configuration."""
-    found = {}
+    """`GlmForCausalLM` of Transformers, and other libraries' quantization of it: functions that make its configuration."""
+    found = {"GlmForCausalLM bfloat16": lambda: None}
     if is_installed("bitsandbytes"):
         bfloat16 = dict(bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
-        found["bitsandbytes nf4"] = functools.partial(BitsAndBytesConfig, load_in_4bit=True, **bfloat16)
+        found["GlmForCausalLM bitsandbytes nf4"] = functools.partial(BitsAndBytesConfig, load_in_4bit=True, **bfloat16)
     if is_installed("torchao"):
         from torchao.quantization import Int4WeightOnlyConfig
 
-        found["torchao int4"] = lambda: TorchAoConfig(Int4WeightOnlyConfig(group_size=128))
+        # The kernels of torch itself; the default format needs another library's.
+        int4 = Int4WeightOnlyConfig(group_size=128, int4_packing_format="tile_packed_to_4d")
+        found["GlmForCausalLM torchao int4"] = lambda: TorchAoConfig(int4)
     return found
 
 
@@ -84,6 +86,12 @@ def read_bandwidth(device: torch.device, size: int) -> float:
 
 def peak_gb(device: torch.device) -> float | None:
     return torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None
+
+
+def forget_models():
+    """Compiled code keeps the memory of its CUDA graphs, which would count for the next model."""
+    torch.compiler.reset()
+    gc.collect()
 
 
 def reset_peak(device: torch.device):
@@ -142,9 +150,7 @@ def measure_paged(model, requests: int, prompt: int, tokens: int) -> dict:
 def logit_errors(device: torch.device, length: int) -> dict[str, float]:
     """Largest difference from the logits of eager float32, of their largest, with 2 layers in bfloat16."""
     sizes = {**SMALL, "num_layers": 2, "padded_vocab_size": 1024}
-    config = AutoConfig.from_pretrained(ROOT, trust_remote_code=True, **sizes)
-    torch.manual_seed(0)
-    model = AutoModel.from_config(config, trust_remote_code=True, dtype=torch.float32).eval().to(device)
+    model = random_model(device, dtype=torch.float32, **sizes)
     ids = torch.randint(0, 1024, (1, length), device=device)
     model.set_attn_implementation("eager")
     expected = model(ids, logits_to_keep=256).logits
@@ -160,14 +166,14 @@ def logit_errors(device: torch.device, length: int) -> dict[str, float]:
 def measure_model(model, bandwidth: float, args, extensive: bool) -> dict:
     """
     Args:
-        extensive: Whether to measure each kind of step and of attention, rather than eager steps.
+        extensive: Whether to measure static caches that are not compiled, each attention, and continuous batching, too.
     """
     limit = bandwidth / weight_bytes(model)
     result = {"weights_gb": sum(p.nbytes for p in model.parameters()) / 1e9, "limit_tokens_s": limit}
     result["prompts"] = [measure_prompt(model, tokens) for tokens in args.prompts]
-    ways = [(steps, "sdpa") for steps in (STEPS if extensive else ["eager"])]
+    ways = [("eager", "sdpa"), ("compiled", "sdpa")]
     if extensive:
-        ways += [("eager", name) for name in attention_implementations(args.device)[1:]]
+        ways += [("static", "sdpa"), *(("eager", name) for name in attention_implementations(args.device)[1:])]
     result["steps"] = []
     for steps, attention in ways:
         model.set_attn_implementation(attention)
@@ -182,13 +188,9 @@ def measure_model(model, bandwidth: float, args, extensive: bool) -> dict:
     return result
 
 
-def peer_folder(work: Path, ours: Path, layers: int) -> Path:
-    """The same bfloat16 weights, for `GlmForCausalLM`."""
-
-    def write(folder: Path):
-        Glm(load(ours, dtype=torch.bfloat16)).model.save_pretrained(folder)
-
-    return prepared(work / f"glm-{layers}", write)
+def peer_folder(work: Path, model) -> Path:
+    """The weights of our model, for `GlmForCausalLM`."""
+    return prepared(work / f"glm-{model.config.num_layers}", Glm(model).model.save_pretrained)
 
 
 def main():
@@ -204,7 +206,7 @@ def main():
     args = parser.parse_args()
     if args.device.type == "cuda" and not torch.cuda.is_available():
         raise SystemExit("torch finds no CUDA device: install its CUDA build, or choose another with --device.")
-    sizes, error_length, bandwidth_bytes = {"num_layers": args.layers}, 4096, 1 << 31
+    sizes, error_length, bandwidth_bytes = {"num_layers": args.layers}, 4096, 1 << 32
     if args.quick:
         sizes, error_length, bandwidth_bytes = SMALL, 64, 1 << 20
         args.layers, args.prompts, args.positions, args.tokens, args.requests = 1, [32], [48], 4, 2
@@ -214,25 +216,25 @@ def main():
     bandwidth = read_bandwidth(device, bandwidth_bytes)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     result = {"device": name, "layers": args.layers, "bandwidth_gb_s": bandwidth / 1e9}
-    config, folders = {}, {}
     for precision, bits in PRECISIONS.items():
-        folder = args.work / f"{f'int{bits}' if bits else 'bf16'}-{args.layers}"
-        quantization = {"quantize_embeddings": True} if bits else {}
-        folders[precision] = prepared(folder, write_checkpoint, bits=bits, quantization=quantization, **sizes)
         print(precision, file=sys.stderr)
-        model = load(folder, dtype=torch.bfloat16).to(device)
+        model = random_model(device, bits, **sizes)
         config = model.config.to_dict()
-        result[precision] = measure_model(model, bandwidth, args, extensive=True)
+        result[precision] = measure_model(model, bandwidth, args, extensive=precision == "int4")
+        report(result, args.output)
         del model
+        forget_models()
     result["matmuls_alone_tokens_s"] = {tokens: matmul_rate(config, tokens, device) for tokens in args.prompts}
+    folder = peer_folder(args.work, random_model(device, **sizes))
     for peer, quantization_config in peers().items():
         print(peer, file=sys.stderr)
-        folder = peer_folder(args.work, folders["bfloat16"], args.layers)
         options_of_peer = dict(dtype=torch.bfloat16, device_map={"": device})
         model = GlmForCausalLM.from_pretrained(folder, quantization_config=quantization_config(), **options_of_peer)
         model.generation_config.eos_token_id = None
         result[peer] = measure_model(model.eval(), bandwidth, args, extensive=False)
+        report(result, args.output)
         del model
+        forget_models()
     report({**result, "logit_errors": logit_errors(device, error_length)}, args.output)
 
 

@@ -1,7 +1,8 @@
 """
-Computes what a GPU can reach at most: tokens per second from its memory bandwidth, and memory from the sizes of ChatGLM2-6B.
+Writes the tables of docs/gpu.md: what was measured (benchmarks/results/*/gpu.json and gpu_products.json), and what a GPU can
+reach at most, computed: tokens per second from its memory bandwidth, and memory from the sizes of ChatGLM2-6B.
 
-    python -m benchmarks.gpu_limits     # writes the tables of docs/gpu.md
+    python -m benchmarks.gpu_limits
 """
 
 import json
@@ -13,6 +14,7 @@ from .present import table
 
 
 PAGE = ROOT / "docs/gpu.md"
+RESULTS = ROOT / "benchmarks/results"
 MARKS = ("<!-- tables: python -m benchmarks.gpu_limits -->\n", "<!-- end of the tables -->\n")
 
 # GB/s and GB, from the vendor's data sheets
@@ -121,10 +123,66 @@ def tables() -> str:
     )
 
 
+MODELS = {"int4": "INT4", "bfloat16": "bfloat16", "int8": "INT8"}
+STEPS = {"eager": "default cache", "static": "static cache, not compiled", "compiled": "static cache, compiled"}
+
+
+def measured() -> str:
+    """The measured speeds of each GPU, and the times of the multiplications alone."""
+    text = ""
+    for path in sorted(RESULTS.glob("*/gpu.json")):
+        figures = json.loads(path.read_text())
+        models = {name: value for name, value in figures.items() if isinstance(value, dict) and "steps" in value}
+        rows = [
+            [
+                MODELS.get(name, f"{name}"),
+                STEPS[step["steps"]] + ("" if step["attention"] == "sdpa" else f", {step['attention']}"),
+                f"{step['positions']:,}",
+                f"{step['tokens_s']:.0f}",
+                f"{100 * step['share_of_limit']:.0f} %",
+            ]
+            for name, model in models.items()
+            for step in model["steps"]
+        ]
+        decoding = table(["", "steps", "tokens in the cache", "tokens/s", "of the bandwidth's limit"], rows)
+        prompts = [prompt["prompt"] for prompt in models["int4"]["prompts"]]
+        rows = [
+            [MODELS.get(name, name), *(f"{prompt['tokens_s']:,.0f}" for prompt in model["prompts"])]
+            for name, model in models.items()
+        ]
+        rows.append(
+            [
+                "matrix multiplications alone, bfloat16",
+                *(f"{figures['matmuls_alone_tokens_s'][str(n)]:,.0f}" for n in prompts),
+            ]
+        )
+        text += f"## Measured: {figures['device']}\n\n"
+        text += f"Random weights, {figures['layers']} layers; memory read at {figures['bandwidth_gb_s']:,.0f} GB/s; "
+        text += (
+            f"torch {figures['machine']['torch']}, Transformers {figures['machine']['transformers']}. Decoding, of one "
+        )
+        text += f"dialogue:\n\n{decoding}\n\nPrompts, in tokens per second:\n\n"
+        text += table(["", *(f"{n:,} tokens" for n in prompts)], rows) + "\n\n"
+        products = json.loads(path.with_name("gpu_products.json").read_text())["products"]
+        counts = list(products[0]["microseconds"])
+        rows = [
+            [
+                f"{row['out']:,} × {row['columns']:,}",
+                f"INT{row['bits']}" + (f", groups of {row['group_size']}" if row["group_size"] else ""),
+                *(f"{row['microseconds'][n]:.0f}" for n in counts),
+                f"{row['float16_microseconds']['1']:.0f}",
+            ]
+            for row in products
+        ]
+        heads = ["weight", "", *(f"{n} {'row' if n == '1' else 'rows'}" for n in counts), "float16, 1 row"]
+        text += f"One multiplication, in microseconds:\n\n{table(heads, rows)}\n\n"
+    return text
+
+
 def with_tables(page: str) -> str:
     """The page, with the tables between the marks replaced."""
     before, rest = page.split(MARKS[0])
-    return before + MARKS[0] + "\n" + tables() + MARKS[1] + rest.split(MARKS[1])[1]
+    return before + MARKS[0] + "\n" + measured() + tables() + MARKS[1] + rest.split(MARKS[1])[1]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Checkpoints of the ChatGLM2-6B shape with random weights, for measuring: ours, and llama.cpp's of the same."""
+"""Models and checkpoints of the ChatGLM2-6B shape with random weights, for measuring: ours, and llama.cpp's of the same."""
 
 import json
 from pathlib import Path
@@ -86,6 +86,24 @@ def load(folder: Path, **kwargs):
     link_code(folder)
     model = AutoModel.from_pretrained(folder, trust_remote_code=True, **kwargs).eval()
     model.generation_config.eos_token_id = None  # random weights are to go on to the limit
+    return model
+
+
+def random_model(device: torch.device, bits: int | None = None, dtype=torch.bfloat16, **sizes):
+    """
+    A model that is made on its device, without files.
+
+    Args:
+        bits: 4 or 8, to which it is quantized, embeddings included, or None.
+        sizes: Fields of config.json that are to be others.
+    """
+    config = AutoConfig.from_pretrained(ROOT, trust_remote_code=True, **sizes)
+    torch.manual_seed(0)
+    with device:
+        model = AutoModel.from_config(config, trust_remote_code=True, dtype=dtype).eval()
+    if bits is not None:
+        model.quantize(bits, quantize_embeddings=True)
+    model.generation_config.eos_token_id = None
     return model
 
 

@@ -75,6 +75,7 @@ class Glm:
             else:
                 weights[name] = tensor
         self.model.load_state_dict(weights, assign=True)
+        self.model.to(model.device)  # the buffers
         self.model.generation_config.eos_token_id = None
         self.run(random_prompt(16), 4)
 
@@ -144,7 +145,7 @@ def paged_cache(prompts: list[list[int]], tokens: int) -> ContinuousBatchingConf
 
 def run_generate(model, prompt: list[int], tokens: int) -> tuple[float, float]:
     clock, start = Clock(), time.perf_counter()
-    ids = torch.tensor([prompt])
+    ids = torch.tensor([prompt], device=model.device)
     model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, streamer=clock)
     return clock.times[1] - start, clock.step_seconds()  # the first is the prompt
 
