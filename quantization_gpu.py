@@ -97,9 +97,10 @@ def tile_bytes(bits: int, row_bytes: int, groups: int) -> int:
 
 
 if triton is not None:
-    # Four bytes of weights to float16 or bfloat16, in one instruction for two where there is one: the weight's bits, with
-    # their sign flipped, count in ones above 2^10 (float16) or 2^7 (bfloat16), from which the offset is subtracted.
-    # Triton alone takes about three times as many instructions. Even columns of INT4 are in the high halves of bytes.
+    # PTX that converts four bytes of weights to float16 or bfloat16, two at a time. The lowest bits of 2^10 (float16) and 2^7
+    # (bfloat16) count in ones: the weight's bits with their sign flipped are put there, and 2^10 or 2^7 and the 8 or 128 that
+    # flipping the sign has added are subtracted. Triton's own conversions take about three times as many instructions. Even
+    # columns of INT4 are in the high halves of bytes.
     INT4_TO_FLOAT16 = tl.constexpr("""
         {
         .reg .b32 flipped, low, high, sixteenth, even_offset, odd_offset;
