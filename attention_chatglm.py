@@ -49,9 +49,8 @@ def grouped_sdpa_forward(
     batch, heads, q_len, head_dim = query.shape
     kv_heads = module.num_key_value_heads
     options = dict(attn_mask=attention_mask, dropout_p=dropout, scale=scaling)
-    if (
-        q_len == 1 and query.device.type == "cpu"
-    ):  # the query heads that share a key-value head become rows of one matrix
+    if q_len == 1 and query.device.type == "cpu":
+        # The query heads that share a key-value head become rows of one matrix.
         folded = query.reshape(batch, kv_heads, module.num_key_value_groups, head_dim)
         if can_use_compiled(folded, key, value, attention_mask, dropout):
             output = attend_to_all(folded, key, value, scaling)

@@ -39,6 +39,8 @@ BLOCK_VECTORS = 128
 TILE_COLUMNS = 128
 DEQUANTIZED_BLOCK = 1024
 
+DATA_CENTER = ((8, 0), (9, 0), (10, 0), (10, 3))  # compute capabilities: A100, H100, B200, B300
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -80,10 +82,10 @@ def plan_few_rows(
     is_large = out >= 8192 and tile * 8 // bits == TILE_COLUMNS
     if (rows > 1 or is_large) and is_half and row_bytes % tile == 0 and capability >= (8, 0):
         splits = 1 if out >= 8192 else 4  # 4 times 64 programs for 4,096 rows; an H100 has 132 SMs
-        is_data_center = capability in ((8, 0), (9, 0), (10, 0), (10, 3))
-        return Plan(True, 16, 64, splits, 4 if is_data_center else 3, None)  # others have less shared memory, 100 KB
+        stages = 4 if capability in DATA_CENTER else 3  # others have less shared memory, 100 KB
+        return Plan(True, 16, 64, splits, stages, None)
     # An SM has 65,536 registers. It holds 32 warps on Turing, 64 on data center cards, 48 on consumer cards since Ampere.
-    max_registers = 128 if capability < (8, 0) else 64 if capability in ((8, 0), (9, 0), (10, 0), (10, 3)) else 80
+    max_registers = 128 if capability < (8, 0) else 64 if capability in DATA_CENTER else 80
     block_rows = min(1 << (rows - 1).bit_length(), 4) if is_half else 1
     # Rows of the weight share the conversion of activations, which is a part of the work in INT4 alone.
     block_out = 4 if block_rows == 1 and groups == 1 and bits == 4 else 1
@@ -417,6 +419,11 @@ def dequantize_into(buffer: torch.Tensor, weight: torch.Tensor, scale: torch.Ten
     )  # fmt: skip
 
 
+def dequantized_at_a_time(size: int) -> int:
+    """How many rows or columns, of `size` bytes each."""
+    return max(1, DEQUANTIZED_BYTES // size // ALIGNED) * ALIGNED
+
+
 @functools.lru_cache
 def capability(device: torch.device) -> tuple[int, int]:
     # In Triton's interpreter, on a CPU, any will do.
@@ -443,7 +450,7 @@ def gpu_linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits:
         if plan is not None and weight.data_ptr() % 16 == 0:
             return few_rows_linear(x, weight, scale, bits, groups, plan)
         y = x.new_empty(rows, out)
-        chunk = max(1, DEQUANTIZED_BYTES // (columns * x.element_size()) // ALIGNED) * ALIGNED
+        chunk = dequantized_at_a_time(columns * x.element_size())
         buffer = x.new_empty(min(chunk, out), columns)
         for start in range(0, out, chunk):
             rows_of_chunk = slice(start, min(start + chunk, out))
@@ -471,7 +478,7 @@ def gpu_linear_backward(
     groups = scale.shape[1]
     grad = grad_output.new_empty(len(grad_output), columns)
     # Parts of columns rather than of rows, so that there are no partial sums to round. ALIGNED is a multiple of every group.
-    chunk = max(1, DEQUANTIZED_BYTES // (out * grad.element_size()) // ALIGNED) * ALIGNED
+    chunk = dequantized_at_a_time(out * grad.element_size())
     buffer = grad.new_empty(out * min(chunk, columns))
     with torch.cuda.device_of(grad):
         for start in range(0, columns, chunk):

@@ -23,7 +23,7 @@ from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_availa
 
 from .decode import weight_bytes
 from .gpu_limits import layer_shapes
-from .measure import Clock, options, report, seconds
+from .measure import Clock, device_name, options, report, seconds
 from .random_checkpoint import random_model
 from .systems import Glm, is_installed, paged_cache, prepared, random_prompt
 
@@ -204,8 +204,7 @@ def main():
     parser.add_argument("--tokens", type=int, default=64, help="tokens to generate at each length")
     parser.add_argument("--requests", type=int, default=8, help="that are batched")
     args = parser.parse_args()
-    if args.device.type == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("torch finds no CUDA device: install its CUDA build, or choose another with --device.")
+    name = device_name(args.device)
     sizes, error_length, bandwidth_bytes = {"num_layers": args.layers}, 4096, 1 << 32
     if args.quick:
         sizes, error_length, bandwidth_bytes = SMALL, 64, 1 << 20
@@ -214,7 +213,6 @@ def main():
 
     device = args.device
     bandwidth = read_bandwidth(device, bandwidth_bytes)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     result = {"device": name, "layers": args.layers, "bandwidth_gb_s": bandwidth / 1e9}
     for precision, bits in PRECISIONS.items():
         print(precision, file=sys.stderr)

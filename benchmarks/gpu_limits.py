@@ -135,7 +135,7 @@ def measured() -> str:
         models = {name: value for name, value in figures.items() if isinstance(value, dict) and "steps" in value}
         rows = [
             [
-                MODELS.get(name, f"{name}"),
+                MODELS.get(name, name),
                 STEPS[step["steps"]] + ("" if step["attention"] == "sdpa" else f", {step['attention']}"),
                 f"{step['positions']:,}",
                 f"{step['tokens_s']:.0f}",

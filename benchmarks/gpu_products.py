@@ -17,7 +17,7 @@ from torch import nn
 from common.package import ROOT, product
 
 from .gpu_limits import layer_shapes
-from .measure import options, report, seconds
+from .measure import device_name, options, report, seconds
 
 
 READ_BYTES = 256_000_000  # of weights in turn; the largest caches have 60 to 130 MB
@@ -85,11 +85,9 @@ def main():
     parser = options(__doc__)
     parser.add_argument("--device", type=torch.device, default="cuda")
     args = parser.parse_args()
-    if args.device.type == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("torch finds no CUDA device: install its CUDA build, or choose another with --device.")
+    name = device_name(args.device)
     config = json.loads((ROOT / "config.json").read_text())
     shapes = [(256, 128)] if args.quick else layer_shapes(config)[1:]  # query_key_value is like the next
-    name = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else str(args.device)
     result = {"device": name, "products": []}
     for out, columns in shapes:
         half = measure_half(out, columns, args.device)

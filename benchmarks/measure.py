@@ -166,6 +166,15 @@ def cpu_name() -> str:
     return f"{name}, family {fields['cpu family']} model {fields.get('model', '?')}"
 
 
+def device_name(device: torch.device) -> str:
+    """Raises SystemExit if there is no such GPU."""
+    if device.type != "cuda":
+        return str(device)
+    if not torch.cuda.is_available():
+        raise SystemExit("torch finds no CUDA device: install its CUDA build, or choose another with --device.")
+    return torch.cuda.get_device_name(device)
+
+
 def describe_machine() -> dict:
     return {
         "cpu": cpu_name(),
