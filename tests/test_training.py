@@ -27,7 +27,7 @@ from training.arguments import DataArguments
 from training.data import collator, encode_dialogue, encode_response
 from training.muon import MuonWithAdamW
 from training.objective import MixedObjective
-from training.trainer import RecipeTrainer, last_checkpoint
+from training.trainer import RecipeTrainer, last_checkpoint, output_folder
 
 
 WORDS = "red green blue yellow black white pink brown".split()
@@ -864,6 +864,18 @@ def test_scores():
     assert half["rouge-1"] == half["rouge-l"] == pytest.approx(50, abs=1e-3) and 50 <= half["bleu-4"] < 60
     scores = predict.score(["今天天气非常不好"], ["今天天气非常好"])
     assert 0 < scores["rouge-2"] < scores["rouge-1"] < 100 and 0 < scores["bleu-4"] < 100
+
+
+def test_a_run_ends_its_process_group(tmp_path):
+    """With Gloo's threads left at exit, a finished process was aborted at times."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        with output_folder(options.RecipeArguments(output_dir=str(tmp_path), use_cpu=True)):
+            pass
+        assert not torch.distributed.is_initialized()
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp", "zero2", "zero3"])

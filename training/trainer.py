@@ -135,7 +135,7 @@ def is_whole(path: Path) -> bool:
 @contextmanager
 def output_folder(args) -> Iterator[None]:
     """
-    Locks the output folder for this run.
+    Locks the output folder for this run, and ends the process group after it.
 
     Raises:
         ValueError: if another run writes there, or --resume-from-checkpoint names no checkpoint.
@@ -143,6 +143,9 @@ def output_folder(args) -> Iterator[None]:
     checkpoint_to_resume(args)
     with only_run(Path(args.output_dir), "--output") if args.should_save else nullcontext():
         yield
+    if torch.distributed.is_initialized():
+        # Else Gloo's threads may still run when the interpreter ends, which aborts a finished process.
+        torch.distributed.destroy_process_group()
 
 
 def checkpoint_to_resume(args) -> str | None:
