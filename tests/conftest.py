@@ -27,7 +27,8 @@ if not torch.cuda.is_available():
 from safetensors.torch import load_file, save_file
 from transformers import ContinuousBatchingConfig
 
-from common.package import ROOT, TINY, copy_code, product
+from common.package import ROOT, TINY as STORED, copy_code, product
+from conversion.checkpoint import Checkpoint, write_weights
 
 
 # Tests send these signals to programs that they start. A shell's `&`, and nohup, have them ignored, and programs inherit that.
@@ -54,6 +55,24 @@ SMALL = dict(
     add_qkv_bias=True,
     seq_length=64,
 )
+
+
+def in_float16(folder: Path, output: Path) -> Path:
+    """Writes a checkpoint with its weights dequantized. The other files are links."""
+    output.mkdir()
+    for path in folder.iterdir():
+        if path.name not in ("config.json", "model.safetensors"):
+            (output / path.name).symlink_to(path.resolve())
+    checkpoint = Checkpoint(folder)
+    config = {**checkpoint.config_dict, "quantization_bit": 0}
+    config.pop("quantization_config", None)
+    (output / "config.json").write_text(json.dumps(config))
+    write_weights(output, checkpoint.plain_tensors("Dequantizing"))
+    return output
+
+
+# The small model, which is STORED in INT8: most tests compare with its weights.
+TINY = in_float16(STORED, Path(os.environ["HF_MODULES_CACHE"], "tiny"))
 
 
 def pytest_sessionfinish():

@@ -728,6 +728,7 @@ def test_commands_of_the_page(tmp_path, monkeypatch, adapter):
     shutil.copy(ROOT / "README.md", tmp_path / "dialogues.txt")
     monkeypatch.setattr(quantize, "ROWS", 1)
     page = (ROOT / "docs/convert.md").read_text(encoding="utf-8")
+    page = page.replace("path/to/chatglm2-6b", str(TINY))
     blocks = re.findall(r"```shell\n(.*?)```", page, re.DOTALL)
     lines = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
     lines.remove(["source", ".venv/bin/activate"])

@@ -20,7 +20,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from common.load_model import load_model
 from common.options import add_model_options
-from conftest import ROOT, TINY
+from conftest import ROOT, STORED, TINY
 from examples import cli_chat, terminal
 
 
@@ -413,8 +413,8 @@ def test_markdown_is_rendered(monkeypatch):
 
 
 def test_tiny_is_small():
-    assert (TINY / "model.safetensors").stat().st_size <= 20_000_000
-    for path in TINY.glob("*.py"):
+    assert (STORED / "model.safetensors").stat().st_size <= 20_000_000
+    for path in STORED.glob("*.py"):
         assert path.is_symlink() and path.resolve() == ROOT / path.name  # one copy of the code
 
 

@@ -18,14 +18,14 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from common.package import CODE
-from conftest import ROOT, SMALL, TINY
+from conftest import ROOT, SMALL, STORED
 from conversion import hub
 
 
 @pytest.fixture(scope="module")
 def assembled(tmp_path_factory):
     output = tmp_path_factory.mktemp("hub") / "tiny"
-    hub.assemble(TINY, output)
+    hub.assemble(STORED, output)
     return output
 
 
@@ -138,14 +138,14 @@ def test_what_is_in_it(assembled):
         "README.md",
         "LICENSE",
     }
-    assert (assembled / "model.safetensors").samefile(TINY / "model.safetensors")  # a link
+    assert (assembled / "model.safetensors").samefile(STORED / "model.safetensors")  # a link
     assert not any(path.is_symlink() for path in assembled.glob("*.py"))
     assert json.loads((assembled / "config.json").read_text())["auto_map"]["AutoModelForCausalLM"]
 
 
 def test_the_checkpoints_own_card_stays(assembled):
     card = ModelCard.load(assembled / "README.md")
-    assert card.data.license == ModelCard.load(TINY / "README.md").data.license == "cc-by-sa-4.0"
+    assert card.data.license == ModelCard.load(STORED / "README.md").data.license == "cc-by-sa-4.0"
 
 
 @pytest.mark.parametrize("bits", [0, 4])
@@ -170,8 +170,8 @@ def test_new_card(small_model, write_checkpoint, tmp_path, bits):
 def test_symbolic_links(tmp_path, monkeypatch):
     """Weights on another disk, and their shards' index."""
     weights = tmp_path / "weights"
-    shutil.copytree(TINY, weights, ignore=shutil.ignore_patterns("model.safetensors"))
-    tensors = load_file(TINY / "model.safetensors")
+    shutil.copytree(STORED, weights, ignore=shutil.ignore_patterns("model.safetensors"))
+    tensors = load_file(STORED / "model.safetensors")
     names = sorted(tensors)
     for i in range(2):
         save_file({name: tensors[name] for name in names[i::2]}, weights / f"model-{i}.safetensors", {"format": "pt"})
@@ -233,7 +233,7 @@ def test_damaged_weights_are_found(copy):
 def test_push(stand_in, tmp_path):
     """What arrives is the folder, byte for byte, with the weights that the links lead to."""
     output = tmp_path / "out"
-    run = run_hub(stand_in, "--model", TINY, "--output", output, "--push", "me/tiny")
+    run = run_hub(stand_in, "--model", STORED, "--output", output, "--push", "me/tiny")
     assert run.returncode == 0, run.stderr
     assert "works: 你好 → " in run.stdout and f"{stand_in.url}/me/tiny/commit/" in run.stdout
     assert [(r["name"], r["organization"], r.get("private") or r["visibility"]) for r in stand_in.created] == [
@@ -293,7 +293,7 @@ def test_not_logged_in(stand_in, assembled, monkeypatch):
     [
         (["--output", "nowhere"], "There is no folder nowhere"),
         (["--model", "nowhere", "--output", "out"], "There is no folder nowhere"),
-        (["--model", str(TINY), "--output", str(ROOT / "tests")], "exists already"),
+        (["--model", str(STORED), "--output", str(ROOT / "tests")], "exists already"),
         (["--model", str(ROOT / "docs"), "--output", "out"], "config.json is missing"),
     ],
 )

@@ -15,7 +15,7 @@ import pytest
 from benchmarks import memory
 from common import checkpoint
 from common.load_model import shows_progress
-from conftest import ROOT, TINY
+from conftest import ROOT, STORED
 
 
 FAKE_PYTHON = """#!/bin/sh
@@ -101,7 +101,7 @@ def test_loading_of_large_weights_shows_progress_in_a_terminal(tmp_path, monkeyp
 def test_links_that_git_wrote_as_files_are_named(tmp_path):
     folder = tmp_path / "tiny"
     folder.mkdir()
-    for path in TINY.iterdir():
+    for path in STORED.iterdir():
         if path.is_symlink():
             (folder / path.name).write_text(os.readlink(path))
         elif path.suffix in (".json", ".model", ".safetensors"):
@@ -111,6 +111,6 @@ def test_links_that_git_wrote_as_files_are_named(tmp_path):
 
 
 def test_folder_without_a_tokenizer_says_what_is_missing(tmp_path):
-    shutil.copy(TINY / "config.json", tmp_path)
+    shutil.copy(STORED / "config.json", tmp_path)
     with pytest.raises(ValueError, match=r"tokenizer\.model is missing, and without it the folder has no tokenizer"):
         checkpoint.load_tokenizer(tmp_path)

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from common.files import read_json
-from conftest import ROOT, TINY
+from conftest import ROOT, STORED, TINY
 from training import leaks, pretrain, sft, tiny, tiny_dialogues
 from training.templates import Templates, mistyped
 
@@ -121,14 +121,14 @@ def test_card(tmp_path):
 
 def test_published_answers_are_judged():
     """All of them, and those of the samples that are published; the card has the count."""
-    fits = tiny.judged(TINY)
+    fits = tiny.judged(STORED)
     assert fits is not None, (
         "samples.md is not what judgements.json judges: read it again, and run `training.tiny card`."
     )
-    answers = json.loads((TINY / "judgements.json").read_text(encoding="utf-8"))["answers"]
+    answers = json.loads((STORED / "judgements.json").read_text(encoding="utf-8"))["answers"]
     assert [answer["query"] for answer in answers] == [prompt["queries"][-1] for prompt in leaks.read_prompts()]
-    report = json.loads((TINY / "training.json").read_text(encoding="utf-8"))
-    assert tiny.card_figures(report, fits) in (TINY / "README.md").read_text(encoding="utf-8")
+    report = json.loads((STORED / "training.json").read_text(encoding="utf-8"))
+    assert tiny.card_figures(report, fits) in (STORED / "README.md").read_text(encoding="utf-8")
 
 
 def test_prompts_are_a_hundred_of_ten_kinds():

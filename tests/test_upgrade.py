@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoModel, AutoTokenizer
 
 from common import package
-from conftest import ROOT, TINY
+from conftest import ROOT, STORED, TINY
 from conversion import upgrade
 
 
@@ -80,7 +80,7 @@ def test_links_are_replaced_and_their_targets_stay(old_folder, tmp_path):
 def test_links_that_git_wrote_as_files_are_replaced(tmp_path):
     folder = tmp_path / "tiny"
     folder.mkdir()
-    for path in TINY.iterdir():
+    for path in STORED.iterdir():
         if path.is_symlink():
             (folder / path.name).write_text(os.readlink(path))
         elif path.suffix in (".json", ".model", ".safetensors"):
