@@ -6,7 +6,7 @@ quantization_cpu.py.
 
 CPP_SOURCE = r"""
 // In this order: numbers and buffers; y = x * weight^T for weights in half precision; attention; y = x * weight^T for weights
-// in INT8 or INT4, with a scale for each row or each group of columns.
+// in INT8 or INT4, with a scale for each row or each group of columns; many rows times weights in half precision.
 //
 // For INT8 and INT4, activations are quantized to INT8 in blocks of 32 columns, so that an outlier spoils no more than its
 // block, and multiplied as integers: vpdpbusd or vpmaddubsw take unsigned weights and signed activations, so `offset` is
@@ -783,6 +783,107 @@ struct ManyRowsLinear {
   }
 };
 
+#if defined(__AVX512BF16__)
+#define CHATGLM_BFLOAT16
+
+// ---- Many rows of activations times weights in half precision, on CPUs that multiply pairs of bfloat16; sums are in float32.
+// As above, a panel of the weight is transposed, here as pairs of columns, and stays in the cache.
+
+template <int type>
+struct ManyRowsHalf {
+  static constexpr int ROWS = 8, VECTORS = 3;  // of a tile, whose accumulators are all in registers
+  static constexpr int64_t PANEL = VECTORS * LANES, DEPTH = 2048, COLUMNS = VECTOR / 2;
+
+  // COLUMNS numbers as bfloat16: those of n that are there, then zeros
+  static Ints read(const uint16_t *p, int64_t n) {
+    uint16_t rest[COLUMNS] = {};
+    if (n < COLUMNS) {
+      if (n > 0) memcpy(rest, p, n * sizeof(uint16_t));
+      p = rest;
+    }
+    if (type == BFLOAT16) return load(p);
+    return (Ints)_mm512_cvtne2ps_pbh((Floats)widen<type>(p + WIDE), (Floats)widen<type>(p));
+  }
+
+  // LANES numbers, of which n are written
+  static void write(Floats numbers, int64_t n, uint16_t *to) {
+    const __m256i halves = type == FLOAT16 ? _mm512_cvtps_ph(numbers, _MM_FROUND_TO_NEAREST_INT)
+                                           : (__m256i)_mm512_cvtneps_pbh(numbers);
+    memcpy(to, &halves, std::min(n, LANES) * sizeof(uint16_t));
+  }
+
+  // Columns [begin, begin + columns) of `count` rows, as [columns / 2][PANEL][2]
+  static void unpack(const uint16_t *weight, int64_t in, int64_t count, int64_t begin, int64_t columns, uint16_t *to) {
+    for (int64_t v = 0; v < VECTORS; v++)
+      for (int64_t k = 0; k < columns; k += COLUMNS) {
+        Ints pairs[LANES];
+        each<LANES>([&](int lane) INLINE {
+          const int64_t row = std::min(v * LANES + lane, count - 1);
+          pairs[lane] = read(weight + row * in + begin + k, in - begin - k);
+        });
+        transpose(pairs);
+        each<LANES>([&](int i) INLINE { store(to + (k + 2 * i) * PANEL + v * COLUMNS, pairs[i]); });
+      }
+  }
+
+  // sum[ROWS, PANEL] += x, [ROWS, stride], * a panel
+  static void tile(const uint16_t *x, int64_t stride, const uint16_t *panel, int64_t columns, float *sum) {
+    Floats total[ROWS][VECTORS];
+    each<ROWS>([&](int i) INLINE {
+      each<VECTORS>([&](int v) INLINE { total[i][v] = load_floats(sum + i * PANEL + v * LANES); });
+    });
+    for (int64_t k = 0; k < columns; k += 2) {
+      Ints weights[VECTORS];
+      each<VECTORS>([&](int v) INLINE { weights[v] = load(panel + k * PANEL + v * COLUMNS); });
+      each<ROWS>([&](int i) INLINE {
+        int32_t pair;
+        memcpy(&pair, x + i * stride + k, 4);
+        const Ints activations = repeat(pair);
+        each<VECTORS>([&](int v) INLINE {
+          total[i][v] = _mm512_dpbf16_ps(total[i][v], (__m512bh)weights[v], (__m512bh)activations);
+        });
+      });
+    }
+    each<ROWS>([&](int i) INLINE {
+      each<VECTORS>([&](int v) INLINE { store_floats(sum + i * PANEL + v * LANES, total[i][v]); });
+    });
+  }
+
+  static void run(const uint16_t *x, const uint16_t *weight, uint16_t *y, int64_t rows, int64_t out, int64_t in,
+                  int threads) {
+    const int64_t columns = round_up(in, COLUMNS), padded = round_up(rows, ROWS);
+    Buffer<uint16_t> activations(padded * columns);
+    const Scratch<uint16_t> panel_scratch(threads, PANEL * DEPTH);
+    const Scratch<float> sum_scratch(threads, padded * PANEL);
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(static)
+      for (int64_t m = 0; m < padded; m++)
+        for (int64_t k = 0; k < columns; k += COLUMNS)
+          store(activations + m * columns + k, read(x + m * in + k, m < rows ? in - k : 0));
+
+      uint16_t *panel = panel_scratch.mine();
+      float *sum = sum_scratch.mine();
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t n = 0; n < out; n += PANEL) {
+        const int64_t count = std::min(PANEL, out - n);
+        memset(sum, 0, padded * PANEL * sizeof(float));
+        for (int64_t begin = 0; begin < columns; begin += DEPTH) {
+          const int64_t depth = std::min(DEPTH, columns - begin);
+          unpack(weight + n * in, in, count, begin, depth, panel);
+          for (int64_t m = 0; m < padded; m += ROWS)
+            tile(activations + m * columns + begin, columns, panel, depth, sum + m * PANEL);
+        }
+        for (int64_t m = 0; m < rows; m++)
+          for (int64_t r = 0; r < count; r += LANES)
+            write(load_floats(sum + m * PANEL + r), count - r, y + m * out + n + r);
+      }
+    }
+  }
+};
+
+#endif
+
 template <int bits>
 void linear(const Problem &p) {
   if (p.rows <= FEW_ROWS) {
@@ -849,6 +950,31 @@ extern "C" void chatglm_half_linear(const float *x, const uint16_t *weight, int 
     half_linear<FLOAT16>(x, weight, y, rows, out, in, threads);
   else
     half_linear<BFLOAT16>(x, weight, y, rows, out, in, threads);
+}
+
+// Whether chatglm_half_matmul multiplies.
+extern "C" int chatglm_has_half_matmul() {
+#if defined(CHATGLM_BFLOAT16)
+  return 1;
+#else
+  return 0;
+#endif
+}
+
+// All are in float16, or all in bfloat16. Returns 1 if there is not enough memory.
+extern "C" int chatglm_half_matmul(const uint16_t *x, const uint16_t *weight, int type, uint16_t *y, int64_t rows,
+                                   int64_t out, int64_t in, int threads) {
+#if defined(CHATGLM_BFLOAT16)
+  try {
+    if (type == FLOAT16)
+      ManyRowsHalf<FLOAT16>::run(x, weight, y, rows, out, in, threads);
+    else
+      ManyRowsHalf<BFLOAT16>::run(x, weight, y, rows, out, in, threads);
+    return 0;
+  } catch (const std::bad_alloc &) {
+  }
+#endif
+  return 1;
 }
 
 // Returns 1 if there is not enough memory. `columns` is a multiple of 16, at most 256.

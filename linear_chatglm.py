@@ -5,7 +5,7 @@ import functools
 import torch
 from torch import nn
 
-from .quantization_cpu import cpu_half_linear, cpu_library
+from .quantization_cpu import cpu_half_linear, cpu_half_matmul, cpu_library, has_half_matmul
 from .quantization_kernels import (
     CHUNK_ROWS,
     MEASURED_SIZE,
@@ -22,7 +22,7 @@ FEW_ROWS = 4  # of activations: up to so many, reading the weight from memory is
 class Linear(nn.Linear):
     """
     `nn.Linear`. Without gradients, in bfloat16 or float16 on the CPU, it takes the fastest of several ways, measured at first
-    use: torch's own, the compiled library (few rows), or chunks of the weight in float32 or bfloat16 (many rows).
+    use: torch's own, the compiled library, or, for many rows, chunks of the weight in float32 or bfloat16.
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -65,9 +65,10 @@ def by_chunks(x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torc
     return matmul_by_chunks(x, len(weight), dtype, lambda rows: weight[rows].float().to(dtype))
 
 
-PATHS = {
+FEW_ROW_PATHS = {"torch": nn.functional.linear, "compiled": cpu_half_linear}
+MANY_ROW_PATHS = {
     "torch": nn.functional.linear,
-    "compiled": cpu_half_linear,
+    "compiled": cpu_half_matmul,
     "float32": functools.partial(by_chunks, dtype=torch.float32),
     "bfloat16": functools.partial(by_chunks, dtype=torch.bfloat16),
 }
@@ -75,8 +76,10 @@ PATHS = {
 
 def half_paths(x: torch.Tensor, weight: torch.Tensor) -> dict:
     """The ways to multiply x, `[rows, in]`, by the transpose of a weight in half precision."""
-    if len(x) <= FEW_ROWS:
-        names = ("torch", "compiled") if cpu_library() else ("torch",)
-    else:
-        names = ("torch", "float32", "bfloat16") if weight.dtype == torch.float16 else ("torch", "float32")
-    return {name: PATHS[name] for name in names}
+    is_few = len(x) <= FEW_ROWS
+    paths = dict(FEW_ROW_PATHS if is_few else MANY_ROW_PATHS)
+    if not (cpu_library() if is_few else has_half_matmul()):
+        del paths["compiled"]
+    if weight.dtype == torch.bfloat16:
+        paths.pop("bfloat16", None)  # what torch does
+    return paths

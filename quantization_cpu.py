@@ -198,6 +198,7 @@ def cpu_library() -> ctypes.CDLL | None:
         library.chatglm_linear.argtypes = [pointer] * 3 + [number, pointer] + [size] * 4 + [number] * 2
         library.chatglm_half_linear.argtypes = [pointer] * 2 + [number, pointer] + [size] * 3 + [number]
         library.chatglm_half_linear.restype = None
+        library.chatglm_half_matmul.argtypes = [pointer] * 2 + [number, pointer] + [size] * 3 + [number]
         library.chatglm_attention.argtypes = [pointer] * 3 + [number, pointer] + [size] * 6 + [number]
         library.chatglm_dequantize.argtypes = [pointer] * 2 + [number, pointer, number] + [size] * 3 + [number] * 2
         return library
@@ -267,6 +268,27 @@ def cpu_half_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         torch.get_num_threads(),
     )  # fmt: skip
     return output.to(dtype)
+
+
+def has_half_matmul() -> bool:
+    """Whether there is `cpu_half_matmul`, which takes a CPU that multiplies bfloat16."""
+    library = cpu_library()
+    return library is not None and bool(library.chatglm_has_half_matmul())
+
+
+def cpu_half_matmul(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """
+    `x @ weight.T` for many rows of x, `[rows, in]`, both in the same half precision, with products of bfloat16 and sums in
+    float32.
+    """
+    x, weight, output = x.contiguous(), weight.contiguous(), x.new_empty(x.shape[0], weight.shape[0])
+    failed = cpu_library().chatglm_half_matmul(
+        x.data_ptr(), weight.data_ptr(), SCALE_TYPES[x.dtype], output.data_ptr(), *output.shape, x.shape[1],
+        torch.get_num_threads(),
+    )  # fmt: skip
+    if failed:
+        raise MemoryError(f"Not enough memory to multiply {len(x)} rows. Pass fewer at a time (prefill_chunk_size).")
+    return output
 
 
 def cpu_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:

@@ -19,14 +19,15 @@ def case(rows: int, out: int, columns: int, dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rows, out, columns", [*itertools.product((1, 2, 3, 4, 5, 40), (1, 37, 1030), (7, 64, 250))])
+@pytest.mark.parametrize("rows, out, columns", [*itertools.product((1, 2, 3, 4, 5, 40), (1, 37, 1030), (7, 64, 2250))])
 def test_each_path_against_float64(linear, dtype, rows, out, columns):
     """Products may be rounded to the dtype that a path multiplies in, and the sum to the dtype of x."""
     x, weight = case(rows, out, columns, dtype)
     exact, size = x.double() @ weight.double().T, x.double().abs() @ weight.double().abs().T
     for name, path in linear.half_paths(x, weight).items():
         y = path(x, weight)
-        in_dtype = torch.bfloat16 if name == "bfloat16" else torch.float32
+        is_bfloat16 = name == "bfloat16" or path is linear.cpu_half_matmul
+        in_dtype = torch.bfloat16 if is_bfloat16 else torch.float32
         bound = torch.finfo(dtype).eps * exact.abs() + 2.1 * torch.finfo(in_dtype).eps * size
         if name == "torch":  # how it sums is its own business
             bound = bound + 0.1 * torch.finfo(dtype).eps * size
@@ -46,9 +47,27 @@ def test_compiled_path_of_every_number(linear, dtype):
         assert linear.cpu_half_linear(chosen.index_fill(1, torch.tensor([i]), 1.0), row)[0, 0] == row[0, i]
 
 
-@pytest.mark.parametrize("path, rows", [("compiled", 1), ("float32", 40), ("bfloat16", 40), ("torch", 40)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_compiled_path_of_every_number_in_many_rows(linear, dtype):
+    if not linear.has_half_matmul():
+        pytest.skip("this CPU does not multiply bfloat16")
+    weight = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)[:, None]
+    y = linear.cpu_half_matmul(torch.ones(17, 1, dtype=dtype), weight)
+    assert torch.equal(y.isnan(), weight[:, 0].isnan().expand(17, -1))
+    expected = weight[:, 0].bfloat16()
+    expected[expected.abs() < torch.finfo(torch.bfloat16).tiny] = 0  # the instruction takes subnormal numbers for 0
+    assert torch.equal(y.nan_to_num(0), expected.to(dtype).expand(17, -1).nan_to_num(0))
+    x = torch.randn(17, 64).to(dtype)
+    x[3, 5], x[4, 63] = torch.nan, torch.inf
+    bad = ~linear.cpu_half_matmul(x, torch.ones(50, 64, dtype=dtype)).isfinite()
+    assert bad.all(1).tolist() == bad.any(1).tolist() == [i in (3, 4) for i in range(17)]
+
+
+@pytest.mark.parametrize("path, rows", [("compiled", 1), ("compiled", 40), ("float32", 40), ("bfloat16", 40), ("torch", 40)])
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_fastest_path_multiplies(linear, choosing, monkeypatch, path, rows, bias):
+    if path == "compiled" and rows > linear.FEW_ROWS and not linear.has_half_matmul():
+        pytest.skip("this CPU does not multiply bfloat16")
     called = []
     half_paths = linear.half_paths
 
