@@ -1,11 +1,12 @@
 """
-What quantization costs: perplexity, and divergence from the model that is not quantized, of the trained tiny checkpoint.
+What quantization costs: perplexity, and divergence from the model that is not quantized, of the trained tiny checkpoint, whose
+INT8 weights are dequantized to float32 first.
 
     python -m benchmarks.quantization_quality --corpora ../shared/data/corpora
 
 Measured on the texts that were held out when it was trained; calibrated on others, that it was trained on. All linear
-layers are quantized, embedding and output layer are not. Activations are left as they are. 688 columns of the tiny model
-are no multiple of 32: for groups, they are filled up with zeros, rounded, and cut off again.
+layers are quantized, embedding and output layer are not. Activations are left as they are. Columns that are no multiple of a
+group's are filled up with zeros, rounded, and cut off again.
 """
 
 import math
@@ -84,8 +85,9 @@ def main():
     batches = batches_of(ROOT / "build/tiny/rows/held_out.json", args.rows)
     calibration = [b["input_ids"] for b in batches_of(ROOT / "build/tiny/rows/train.json", args.calibration)]
 
-    def load(**kwargs):
-        return AutoModel.from_pretrained(args.model, trust_remote_code=True, dtype=torch.float32, **kwargs).eval()
+    def load():
+        model = AutoModel.from_pretrained(args.model, trust_remote_code=True, dtype=torch.float32).eval()
+        return model.dequantize() if model.config.quantization_bit else model
 
     def ours(bits: int, **kwargs):
         return lambda: load().quantize(bits, **kwargs)

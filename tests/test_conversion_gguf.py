@@ -57,8 +57,8 @@ def test_fields(files, tiny_tokenizer):
     fields, _ = read(files / "q4_0.gguf")
     assert fields["general.architecture"] == "chatglm" and fields["general.file_type"] == 2
     sizes = {
-        "context_length": 2048, "embedding_length": 256, "feed_forward_length": 688, "block_count": 8,
-        "attention.head_count": 8, "attention.head_count_kv": 2, "rope.dimension_count": 16, "rope.freq_base": 10000,
+        "context_length": 2048, "embedding_length": 384, "feed_forward_length": 1152, "block_count": 8,
+        "attention.head_count": 12, "attention.head_count_kv": 2, "rope.dimension_count": 16, "rope.freq_base": 10000,
     }  # fmt: skip
     assert {name: fields[f"chatglm.{name}"] for name in sizes} == sizes
     tokens, kinds = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]

@@ -6,6 +6,7 @@ import math
 import random
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from common.files import read_json
 from conftest import ROOT, STORED, TINY
 from training import leaks, pretrain, sft, tiny, tiny_dialogues
-from training.templates import Templates, mistyped
+from training.templates import SLOT, Templates, mistyped
 
 
 def write_corpus(folder, name, rows):
@@ -96,11 +97,30 @@ def test_held_out_perplexity(tiny_tokenizer, tmp_path, monkeypatch):
     assert figures["chatterbot_en"] == figures["oasst1_zh"] == expected
 
 
+@pytest.mark.parametrize("remembered, expected", [(100, 100), (0, 0)])
+def test_recalled(tiny_tokenizer, monkeypatch, remembered, expected):
+    """A model that repeats the first of the dialogue knows every fact; one that does not, none."""
+    monkeypatch.setattr(tiny, "RECALL_DISTANCES", (0, 40))
+    monkeypatch.setattr(tiny, "RECALLED_FACTS", 10)
+    histories = []
+
+    def chat(tokenizer, query, history, **kwargs):
+        histories.append(history)
+        return " ".join(history[0])[:remembered], history
+
+    row = {"en": "It is raining.", "zh": "下雨了。"}
+    assert tiny.recalled(SimpleNamespace(chat=chat), tiny_tokenizer, {"tatoeba_en_zh": [row]}) == {0: expected, 40: expected}
+    assert {len(history) for history in histories[:20]} == {1} and min(map(len, histories[20:])) > 2
+    facts = [fact for kinds in tiny_dialogues.read("memories").values() for fact in kinds]
+    assert all(SLOT.search(fact["answer"][0]) for fact in facts)
+
+
 def test_card(tmp_path):
     stage = {"rows": 25701, "epochs": 4, "steps": 2572, "tokens": 13_700_000}
     report = {"pretraining": stage, "fine_tuning": stage, "parameters": 19_573_120}
     forms = {"float32": 12.5, "INT8": 12.7}
     report["held_out"] = {f: {"tatoeba_en_zh": {"dialogues": 429, "perplexity": p}} for f, p in forms.items()}
+    report["recalled"] = {"0": 98.0, "1024": 12.0}
     path = tmp_path / "README.md"
     path.write_text("before\n" + "\nold\n".join(tiny.CARD_MARKS) + "\nafter\n")
     (tmp_path / "training.json").write_text(json.dumps(report))
@@ -112,6 +132,7 @@ def test_card(tmp_path):
         tiny.card(tmp_path)
         text = path.read_text(encoding="utf-8")
         assert text.startswith("before\n<!--") and text.endswith("-->\nafter\n") and "old" not in text
+        assert "| 0 | 1024 |\n|---|---|\n| 98.0 | 12.0 |" in text
         assert "| tatoeba_en_zh | 429 | 12.5 | 12.7 |" in text and text.count("25,701") == 2
         assert "\n70 answers fit, as judged by a reader" in text and "| 7 | 7 |" in text
     (tmp_path / "samples.md").write_text("other answers")

@@ -37,8 +37,8 @@ from common.options import Parser
 from .data import DataArguments, PackedExamples, collator, encode, encode_dialogue, read
 from .leaks import LeakFinder, read_prompts
 from .objective import IGNORED
-from .templates import Templates
-from .tiny_dialogues import memories, poems, small_talk, stories
+from .templates import SLOT, Templates
+from .tiny_dialogues import memories, poems, small_talk, stories, told
 from .tiny_dialogues import read as read_talk
 
 
@@ -58,6 +58,8 @@ DIALOGUES = {
     "identity_bilingual": 10, "chatterbot_en": 4, "chatterbot_zh": 4, "better_ruozhiba_zh": 1, "tatoeba_en_zh": 2,
     "tinystories_en": 1.2, "poetry_zh": 2, "topical_chat_en": 0.3, "kdconv_zh": 0.5, "oasst1_zh": 0.3,
 }  # fmt: skip
+RECALL_DISTANCES = 0, 128, 512, 1024  # tokens
+RECALLED_FACTS = 25  # for each distance and language
 LEAST_HELD_OUT = 5  # dialogues of a corpus for its perplexity to be told
 CARD_MARKS = ("<!-- figures of training.tiny publish -->", "<!-- end of figures -->")
 KNOWN_POEMS = 8  # times each line of the short poems whose authors are known: those that people ask for
@@ -275,6 +277,10 @@ def make_texts(corpora: dict[str, list], rng: random.Random) -> Iterator[dict]:
             yield {"text": renamed(text, rng) if name == "tinystories_en" and rng.random() < 0.9 else text}
 
 
+def talk_templates(rng: random.Random) -> Templates:
+    return Templates(read_talk("words") | {"name": GIRLS + BOYS, "girl": GIRLS, "名字": CHINESE_NAMES}, rng)
+
+
 def make_dialogues(corpora: dict[str, list], rng: random.Random) -> list[dict]:
     """Returns the dialogues. Some of the short exchanges are combined into dialogues of several rounds."""
     short, dialogues = [], []
@@ -290,8 +296,7 @@ def make_dialogues(corpora: dict[str, list], rng: random.Random) -> list[dict]:
                 dialogues += [[round] for round in rounds[1:]]
             elif rounds:
                 dialogues.append(rounds)
-    words = read_talk("words") | {"name": GIRLS + BOYS, "girl": GIRLS, "名字": CHINESE_NAMES}
-    templates = Templates(words, rng)
+    templates = talk_templates(rng)
     short += small_talk(templates, rng)
     for queries, answer in DENIALS:
         short += [(q.format(other), answer.format(name=NAME)) for q in queries for other in OTHERS for _ in range(6)]
@@ -423,12 +428,38 @@ def held_out_perplexity(model, tokenizer, held_out: dict[str, list]) -> dict[str
     return figures
 
 
+@torch.inference_mode()
+def recalled(model, tokenizer, held_out: dict[str, list]) -> dict[int, float]:
+    """
+    Returns the percentage of facts that the model recalls, by about how many tokens of other rounds ago they were told. The
+    facts are like those of its training, the other rounds are held-out translations.
+    """
+    rng = random.Random(0)
+    templates, facts = talk_templates(rng), read_talk("memories")
+    others = [round for row in held_out["tatoeba_en_zh"] for round in to_rounds("tatoeba_en_zh", row, rng)]
+    figures = {}
+    for distance in RECALL_DISTANCES:
+        right = 0
+        for fact in (rng.choice(kinds) for kinds in facts.values() for _ in range(RECALLED_FACTS)):
+            values, tokens = {}, 0
+            history = [told(templates, fact, values, rng)]
+            while tokens < distance:
+                history.append(rng.choice(others))
+                tokens += len(tokenizer.encode("".join(history[-1]), add_special_tokens=False))
+            query = templates.fill(rng.choice(fact["ask"]), values)
+            wanted = [values[slot].lower() for slot in SLOT.findall(fact["answer"][0])]
+            response, _ = model.chat(tokenizer, query, history, do_sample=False, max_new_tokens=40)
+            right += all(word in response.lower() for word in wanted)
+        figures[distance] = round(100 * right / (RECALLED_FACTS * len(facts)), 1)
+    return figures
+
+
 def stage(folder: Path, rows: Path) -> dict:
     """Returns the figures of a training stage, of all its runs if it was interrupted. `tokens` includes padding."""
     state = json.loads((folder / "trainer_state.json").read_text())
     return {
         "rows": sum(1 for _ in rows.open(encoding="utf-8")),
-        "epochs": round(state["epoch"]),
+        "epochs": round(state["epoch"], 2),
         "steps": state["global_step"],
         "tokens": state["num_input_tokens_seen"],
     }
@@ -469,6 +500,9 @@ def card_figures(report: dict, fits: dict[str, int] | None) -> str:
     for name, figures in next(iter(forms.values())).items():
         cells = [name, figures["dialogues"], *(form[name]["perplexity"] for form in forms.values())]
         lines.append(f"| {' | '.join(map(str, cells))} |")
+    lines += ["", "Percentage of facts that the model recalls (the user's name, pet, job), by the tokens of other rounds in between:"]
+    lines += ["", f"| {' | '.join(report['recalled'])} |", "|---" * len(report["recalled"]) + "|"]
+    lines += [f"| {' | '.join(map(str, report['recalled'].values()))} |"]
     lines += [
         "",
         "The model answered the 100 prompts of `training/prompts.json` greedily ([all answers](samples.md)).",
@@ -495,7 +529,7 @@ def answer_prompts(model, tokenizer) -> str:
     """Returns the greedy answers to the prompts of the evaluation as Markdown."""
     lines = ["# Greedy answers to the 100 prompts of training/prompts.json", ""]
     lines.append(
-        "Made by `python -m training.tiny answers`: `do_sample=False`, at most 300 tokens, in float32. All are shown."
+        "Made by `python -m training.tiny answers`: `do_sample=False`, at most 300 tokens, with activations in float32. All are shown."
     )
     kind = None
     for number, prompt in enumerate(read_prompts(), start=1):
@@ -537,6 +571,7 @@ def publish(corpora: Path, output: Path):
         shutil.copyfile(path, output / path.name)  # not its mode: safetensors keeps files to the user alone
     model, tokenizer = load(finished)
     report["held_out"]["INT8, as stored"] = held_out_perplexity(model, tokenizer, held_out)
+    report["recalled"] = recalled(model, tokenizer, held_out)
     (output / "samples.md").write_text(answer_prompts(model, tokenizer), encoding="utf-8")
     (output / "training.json").write_text(json.dumps(report, indent=2) + "\n")
     for name in ("pretrain", "sft"):
