@@ -1,5 +1,7 @@
 """Fixtures. The package is loaded as its users load it: as remote code, by its folder."""
 
+import contextlib
+import io
 import json
 import logging
 import os
@@ -67,7 +69,8 @@ def in_float16(folder: Path, output: Path) -> Path:
     config = {**checkpoint.config_dict, "quantization_bit": 0}
     config.pop("quantization_config", None)
     (output / "config.json").write_text(json.dumps(config))
-    write_weights(output, checkpoint.plain_tensors("Dequantizing"))
+    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar
+        write_weights(output, checkpoint.plain_tensors("Dequantizing"))
     return output
 
 

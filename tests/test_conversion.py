@@ -237,7 +237,7 @@ def test_safetensors(small_model, write_checkpoint, tmp_path):
 def test_weights_in_files(tmp_path):
     """Tied weights are written twice; a tensor larger than a file has one to itself; files are as large as may be."""
     tied, large = torch.arange(4.0), torch.arange(100.0)
-    tensors = [("large", large), ("a", tied), ("b", tied), ("c", tied + 1), ("large2", large)]
+    tensors = [("large", large), ("a", tied + 1), ("b", tied), ("c", tied), ("large2", large)]
     checkpoint.write_weights(tmp_path, tensors, shard_bytes=48)
     files = {path.name: load_file(path) for path in sorted(tmp_path.glob("*.safetensors"))}
     assert [list(held) for held in files.values()] == [["large"], ["a", "b", "c"], ["large2"]]
@@ -381,6 +381,7 @@ def test_quantize_calibrated(tiny, tiny_tokenizer, tmp_path):
         (["--calibration", "latin.txt"], "not UTF-8"),
         (["--group-size", "64", "--model", "small"], "group_size must divide in_features"),
         (["--model", "int4"], "quantized already"),
+        (["--quantization", "int3"], "^2$"),  # the usage is printed
     ],
 )
 def test_quantize_bad_input(small_model, write_checkpoint, tmp_path, monkeypatch, arguments, message):
