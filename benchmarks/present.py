@@ -407,7 +407,9 @@ def tokenizer_plot(figures: dict, plt):
 
 def quantization_quality_text(figures: dict) -> str:
     rows = [[name, f"{r['perplexity']:.2f}", f"{r['divergence']:.4f}"] for name, r in figures["results"].items()]
-    text = "`checkpoints/tiny`, dequantized to float32, on held-out text. The divergence (KL) is measured from that:\n\n"
+    text = (
+        "`checkpoints/tiny`, dequantized to float32, on held-out text. The divergence (KL) is measured from that:\n\n"
+    )
     return text + table(["", "perplexity", "divergence"], rows)
 
 

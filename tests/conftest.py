@@ -29,7 +29,8 @@ if not torch.cuda.is_available():
 from safetensors.torch import load_file, save_file
 from transformers import ContinuousBatchingConfig
 
-from common.package import ROOT, TINY as STORED, copy_code, product
+from common.package import ROOT, copy_code, product
+from common.package import TINY as STORED
 from conversion.checkpoint import Checkpoint, write_weights
 
 

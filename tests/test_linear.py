@@ -63,7 +63,9 @@ def test_compiled_path_of_every_number_in_many_rows(linear, dtype):
     assert bad.all(1).tolist() == bad.any(1).tolist() == [i in (3, 4) for i in range(17)]
 
 
-@pytest.mark.parametrize("path, rows", [("compiled", 1), ("compiled", 40), ("float32", 40), ("bfloat16", 40), ("torch", 40)])
+@pytest.mark.parametrize(
+    "path, rows", [("compiled", 1), ("compiled", 40), ("float32", 40), ("bfloat16", 40), ("torch", 40)]
+)
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_fastest_path_multiplies(linear, choosing, monkeypatch, path, rows, bias):
     if path == "compiled" and rows > linear.FEW_ROWS and not linear.has_half_matmul():

@@ -109,7 +109,10 @@ def test_recalled(tiny_tokenizer, monkeypatch, remembered, expected):
         return " ".join(history[0])[:remembered], history
 
     row = {"en": "It is raining.", "zh": "下雨了。"}
-    assert tiny.recalled(SimpleNamespace(chat=chat), tiny_tokenizer, {"tatoeba_en_zh": [row]}) == {0: expected, 40: expected}
+    assert tiny.recalled(SimpleNamespace(chat=chat), tiny_tokenizer, {"tatoeba_en_zh": [row]}) == {
+        0: expected,
+        40: expected,
+    }
     assert {len(history) for history in histories[:20]} == {1} and min(map(len, histories[20:])) > 2
     facts = [fact for kinds in tiny_dialogues.read("memories").values() for fact in kinds]
     assert all(SLOT.search(fact["answer"][0]) for fact in facts)

@@ -500,7 +500,10 @@ def card_figures(report: dict, fits: dict[str, int] | None) -> str:
     for name, figures in next(iter(forms.values())).items():
         cells = [name, figures["dialogues"], *(form[name]["perplexity"] for form in forms.values())]
         lines.append(f"| {' | '.join(map(str, cells))} |")
-    lines += ["", "Percentage of facts that the model recalls (the user's name, pet, job), by the tokens of other rounds in between:"]
+    lines += [
+        "",
+        "Percentage of facts that the model recalls (the user's name, pet, job), by the tokens of other rounds in between:",
+    ]
     lines += ["", f"| {' | '.join(report['recalled'])} |", "|---" * len(report["recalled"]) + "|"]
     lines += [f"| {' | '.join(map(str, report['recalled'].values()))} |"]
     lines += [
