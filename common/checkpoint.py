@@ -53,6 +53,8 @@ def load(auto_class, name: str | Path, may_lack: tuple[str, ...] = (), checkpoin
     if is_chatglm(base):
         config = options.pop("config", None) or load_config(base, checkpoint_code)
         options["config"] = config
+        if stored := getattr(config, "quantization_config", None):
+            check_quantization(name, stored, options.pop("quantization_config", stored))
         if not checkpoint_code:
             loader = package_class(auto_class.__name__)
     options.update(output_loading_info=True, ignore_mismatched_sizes=True)
@@ -82,6 +84,18 @@ def load(auto_class, name: str | Path, may_lack: tuple[str, ...] = (), checkpoin
             name
         )  # not the folder of the cache: adapters store this name
     return model
+
+
+def check_quantization(name: str | Path, stored: dict, wanted: dict):
+    """Raises ValueError if weights that are stored quantized are to have another format."""
+    formats = [
+        f"INT{fields['bits']}" if "bits" in fields else fields.get("quant_method") for fields in (stored, wanted)
+    ]
+    if formats[0] != formats[1]:
+        raise ValueError(
+            f"The weights of {name} are in {formats[0]} already. To have them in {formats[1]}, pass the checkpoint that they were "
+            "made from."
+        )
 
 
 def package_class(auto_class: str):

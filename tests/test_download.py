@@ -174,7 +174,7 @@ def downloaded(server) -> set[str]:
 def test_download_is_complete_and_loads(server, tmp_path, source):
     code, output, errors = run(server, tmp_path, "--source", source)
     assert code == 0, errors
-    assert "GB free" in output and "4 files, 0.02 GB, of which 0.02 GB are to be downloaded" in output
+    assert "GB free" in output and "4 files, 0.04 GB, of which 0.04 GB are to be downloaded" in output
     folder = tmp_path / "out put"
     assert (folder / WEIGHTS).read_bytes() == server.files[WEIGHTS]
     assert downloaded(server) == {

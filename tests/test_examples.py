@@ -133,11 +133,23 @@ def test_dtype_of_the_weights(options, dtype):
     assert load_model(parser.parse_args(options))[0].dtype == dtype
 
 
-@pytest.mark.parametrize("options", [["--quantization", "int8"], ["--dtype", "bfloat16"]])
+INT8 = ["--quantization", "int8"]
+
+
+@pytest.mark.parametrize("options", [INT8, ["--model", str(TINY), *INT8], ["--dtype", "bfloat16"]])
 def test_loads_as_asked(options, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["cli_chat", "--greedy", "--prompt", "你好", *options])
+    """In INT8 the small model is stored already."""
+    monkeypatch.setattr(sys, "argv", ["cli_chat", "--greedy", "--prompt", "Who are you?", *options])
     cli_chat.main()
     assert "ChatGLM2-Tiny" in capsys.readouterr().out
+
+
+def test_quantized_weights_are_not_quantized_again(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["cli_chat", "--prompt", "hi", "--quantization", "int4"])
+    with pytest.raises(
+        SystemExit, match="are in INT8 already. To have them in INT4, pass the checkpoint that they were made"
+    ):
+        cli_chat.main()
 
 
 def change_json(name: str, **fields):
@@ -182,7 +194,7 @@ DAMAGES = {
     "cut weights": (cut, "cannot be loaded: SafetensorError"),
     "no weights": (remove("model.safetensors"), "There are no weights in"),
     "missing weight": (change_weight(lambda w: w.pop(HEAD)), f"lacks {HEAD}, which would be random"),
-    "another shape": (change_weight(lambda w: w.update({HEAD: w[HEAD][:9].clone()})), r"is \[9, 256\]; config.json says"),
+    "another shape": (change_weight(lambda w: w.update({HEAD: w[HEAD][:9].clone()})), r"is \[9, 384\]; config.json says"),
     "index of no files": (rename_to_shard('{"weight_map": 5}'), "index.json: weight_map must be an object .* got 5"),
     "index of other folders": (rename_to_shard('{"weight_map": {"a": "../x"}}'), "index.json: weight_map must be an object"),
     "shard that is missing": (rename_to_shard('{"weight_map": {"a": "x.safetensors"}}'), "lacks x.safetensors of the files"),
@@ -317,7 +329,6 @@ def test_terminal(language):
         assert "ChatGLM2-Tiny" in session.read_until("用户：")
         session.write("Tell me a story.\n")
         session.read_until("ChatGLM：")
-        time.sleep(0.3)
         os.kill(session.pid, signal.SIGINT)
         session.read_until("用户：")
         session.write("clear\n")

@@ -53,7 +53,7 @@ class Server:
     """A server in a process of its own, at any free port."""
 
     def __init__(self, *args):
-        start = [sys.executable, "-m", "serving", "--port", "0", *args]
+        start = [sys.executable, "-m", "serving", "--model", str(TINY), "--port", "0", *args]
         self.process = subprocess.Popen(start, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         self.said = []
         while not (found := re.search(r" at http://(.*):(\d+)$", line := self.process.stdout.readline())):

@@ -302,13 +302,15 @@ def test_all_stages(tmp_path, monkeypatch):
     chats = [{"messages": tiny.to_messages([round])} for round in rounds for _ in range(60)]
     for i, chat in enumerate(chats):
         chat["messages"][0]["content"] += f" {i}"
+    pairs = [{"en": f"It is {i}.", "zh": f"这是{i}。", "text": f"It is {i}.\t这是{i}。"} for i in range(100)]
     corpora.mkdir()
     for name in tiny.DIALOGUES | tiny.TEXTS:
-        write_corpus(corpora, name, chats if name == "chatterbot_en" else [])
+        write_corpus(corpora, name, {"chatterbot_en": chats, "tatoeba_en_zh": pairs}.get(name, []))
     for name in ("SMALL_TALK", "INTENT", "ROW", "STORIES", "POEMS", "MEMORIES"):
         monkeypatch.setattr(tiny_dialogues, name, 1)
     monkeypatch.setattr(tiny, "WORK", tmp_path / "build/tiny")
     monkeypatch.setattr(tiny, "LEAST_HELD_OUT", 1)
+    monkeypatch.setattr(tiny, "RECALLED_FACTS", 1)
     prompts = [leaks.read_prompts()[0], leaks.read_prompts()[-1]]
     monkeypatch.setattr(tiny, "read_prompts", lambda: prompts)
     monkeypatch.chdir(tmp_path)
@@ -320,8 +322,8 @@ def test_all_stages(tmp_path, monkeypatch):
     for arguments in (["texts"], ["dialogues"]):
         tiny.main([*arguments, "--corpora", str(corpora), "--output", str(output)])
     config = str(ROOT / "training/configs/tiny_{}.yaml")
-    pretrain.main(["--config", config.format("pretrain"), *few, "--lr_scheduler_kwargs", '{"num_decay_steps": 1}'])
-    sft.main(["--config", config.format("sft"), *few])
+    pretrain.main(["--config", config.format("pretrain"), *few])
+    sft.main(["--config", config.format("sft"), *few, "--lr_scheduler_kwargs", '{"num_decay_steps": 1}'])
     tiny.main(["publish", "--corpora", str(corpora), "--output", str(output)])
     stored = json.loads((output / "config.json").read_text())["quantization_config"]
     assert stored["bits"] == 8 and stored["quantize_embeddings"]

@@ -179,16 +179,19 @@ def until(condition, seconds: float = 10):
 
 
 def test_dialogue_with_the_small_model(open_tab):
-    """What `chat` answers, round after round, in Chinese and English."""
+    """What `stream_chat` answers, round after round, in Chinese and English."""
     tokenizer = AutoTokenizer.from_pretrained(TINY, trust_remote_code=True)
     model = AutoModel.from_pretrained(TINY, trust_remote_code=True).float().eval()
     page, url = serve(model, tokenizer, temperature=0, name="tiny · float32, 37.9 MB")
     try:
         tab = open_tab(url, viewport={"width": 1000, "height": 900}, device_scale_factor=2)
-        history = []
+        history, cache = [], None
         for query in ["你好", "Who are you?", "Thank you!"]:
             tab.ask(query)
-            _, history = model.chat(tokenizer, query, history, do_sample=False)
+            # With a cache too: the ids of earlier answers are those that were generated, which may differ from encoding them.
+            options = {"do_sample": False, "past_key_values": cache, "return_past_key_values": True}
+            for _, history, cache in model.stream_chat(tokenizer, query, history, **options):
+                pass
         assert tab.texts() == [" ".join(response.split()) for _, response in history]
         assert tab.texts("user") == [query for query, _ in history]
         if "WEB_CHAT_SCREENSHOT" in os.environ:
