@@ -86,16 +86,19 @@ def load(auto_class, name: str | Path, may_lack: tuple[str, ...] = (), checkpoin
     return model
 
 
-def check_quantization(name: str | Path, stored: dict, wanted: dict):
-    """Raises ValueError if weights that are stored quantized are to have another format."""
-    formats = [
-        f"INT{fields['bits']}" if "bits" in fields else fields.get("quant_method") for fields in (stored, wanted)
-    ]
-    if formats[0] != formats[1]:
+def check_quantization(name: str | Path, stored: dict, wanted):
+    """Raises ValueError if weights that are stored quantized are to be quantized in another way, a dict or a config."""
+    has, asked = (quantization_name(config) for config in (stored, wanted))
+    if has != asked:
         raise ValueError(
-            f"The weights of {name} are in {formats[0]} already. To have them in {formats[1]}, pass the checkpoint that they were "
-            "made from."
+            f"The weights of {name} are in {has} already. To have them in {asked}, pass the checkpoint that they were made from."
         )
+
+
+def quantization_name(config) -> str:
+    fields = config if isinstance(config, dict) else config.to_dict()
+    method = getattr(fields["quant_method"], "value", fields["quant_method"])
+    return f"INT{fields['bits']}" if method == "chatglm" else f"the format of {method}"
 
 
 def package_class(auto_class: str):

@@ -16,8 +16,9 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoTokenizer, QuantoConfig
 
+from common import checkpoint
 from common.load_model import load_model
 from common.options import add_model_options
 from conftest import ROOT, STORED, TINY
@@ -139,12 +140,18 @@ INT8 = ["--quantization", "int8"]
 @pytest.mark.parametrize("options", [INT8, ["--model", str(TINY), *INT8], ["--dtype", "bfloat16"]])
 def test_loads_as_asked(options, monkeypatch, capsys):
     """In INT8 the small model is stored already."""
-    monkeypatch.setattr(sys, "argv", ["cli_chat", "--greedy", "--prompt", "Who are you?", *options])
+    monkeypatch.setattr(sys, "argv", ["cli_chat", "--greedy", "--prompt", "你好", *options])
     cli_chat.main()
     assert "ChatGLM2-Tiny" in capsys.readouterr().out
 
 
 def test_quantized_weights_are_not_quantized_again(monkeypatch):
+    with pytest.raises(
+        ValueError, match="are in INT8 already. To have them in the format of quanto, pass the checkpoint"
+    ):
+        checkpoint.load(
+            AutoModel, STORED, quantization_config=QuantoConfig(weights="int4")
+        )  # as training.lora asks for nf4
     monkeypatch.setattr(sys, "argv", ["cli_chat", "--prompt", "hi", "--quantization", "int4"])
     with pytest.raises(
         SystemExit, match="are in INT8 already. To have them in INT4, pass the checkpoint that they were made"
@@ -329,6 +336,7 @@ def test_terminal(language):
         assert "ChatGLM2-Tiny" in session.read_until("用户：")
         session.write("Tell me a story.\n")
         session.read_until("ChatGLM：")
+        session.read_until(" ")  # after the first word
         os.kill(session.pid, signal.SIGINT)
         session.read_until("用户：")
         session.write("clear\n")
