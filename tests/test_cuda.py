@@ -18,7 +18,6 @@ QUESTIONS = ["你好", "What is your name?", "Tell me a short story about a dog.
 
 def load(device: str, bits: int | None = None, **kwargs):
     model = AutoModel.from_pretrained(TINY, trust_remote_code=True, dtype=torch.float32, **kwargs)
-    model = model.dequantize() if getattr(model.config, "quantization_config", None) else model
     return (model if bits is None else model.quantize(bits)).to(device).eval()
 
 

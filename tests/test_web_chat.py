@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import pytest
 from transformers import AutoModel, AutoTokenizer
 
-from conftest import TINY
+from conftest import STORED
 
 
 pytest.importorskip("gradio")
@@ -27,6 +27,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 from common.http_guard import listen  # noqa: E402
 from examples import web_chat  # noqa: E402
+from examples.about import model_format, model_size  # noqa: E402
 
 
 pytestmark = pytest.mark.xdist_group("web_chat")
@@ -180,9 +181,9 @@ def until(condition, seconds: float = 10):
 
 def test_dialogue_with_the_small_model(open_tab):
     """What `stream_chat` answers, round after round, in Chinese and English."""
-    tokenizer = AutoTokenizer.from_pretrained(TINY, trust_remote_code=True)
-    model = AutoModel.from_pretrained(TINY, trust_remote_code=True).float().eval()
-    page, url = serve(model, tokenizer, temperature=0, name="tiny · float32, 37.9 MB")
+    tokenizer = AutoTokenizer.from_pretrained(STORED, trust_remote_code=True)
+    model = AutoModel.from_pretrained(STORED, trust_remote_code=True).float().eval()
+    page, url = serve(model, tokenizer, temperature=0, name=f"tiny · {model_format(model)}, {model_size(model)}")
     try:
         tab = open_tab(url, viewport={"width": 1000, "height": 900}, device_scale_factor=2)
         history, cache = [], None
@@ -190,8 +191,7 @@ def test_dialogue_with_the_small_model(open_tab):
             tab.ask(query)
             # With a cache too: the ids of earlier answers are those that were generated, which may differ from encoding them.
             options = {"do_sample": False, "past_key_values": cache, "return_past_key_values": True}
-            for _, history, cache in model.stream_chat(tokenizer, query, history, **options):
-                pass
+            *_, (_, history, cache) = model.stream_chat(tokenizer, query, history, **options)
         assert tab.texts() == [" ".join(response.split()) for _, response in history]
         assert tab.texts("user") == [query for query, _ in history]
         if "WEB_CHAT_SCREENSHOT" in os.environ:
