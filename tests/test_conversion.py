@@ -321,7 +321,6 @@ with PeakMemory() as memory:
 print(memory.gb)
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    shutil.rmtree(tmp_path)
     assert run.returncode == 0, run.stderr
     size = sum(tensor.numel() * 2 for tensor in names.values())
     assert size > 370e6 and float(run.stdout) * 1e9 < 160e6, run.stdout
