@@ -3,6 +3,8 @@ Attention where the library's own (5.24) copies keys and values for each head or
 with a mask (static caches, padded batches) on GPUs.
 """
 
+import itertools
+
 import torch
 from torch import nn
 
@@ -84,8 +86,10 @@ def attend_to_all(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, s
     Measured on two cores of an AMD EPYC (Zen 5), 32 heads on 2, in turn: at 512 to 32,000 positions the compiled one is 1.9
     to 2.1 times as fast in float32, 1.5 to 1.8 times in bfloat16 and 4.4 to 5.9 times in float16.
     """
-    kind = ("attention of one token", query.dtype)
-    path = fastest_path(kind, PATHS, lambda: (query[:1], key[:1, :, :LONG], value[:1, :, :LONG], scaling))
+    _, kv_heads, heads, head_dim = query.shape
+    kind = (f"attention of one token with {kv_heads * heads} heads of {head_dim} on {kv_heads}", query.dtype)
+    sample = (query[:1], key[:1, :, :LONG], value[:1, :, :LONG], scaling)
+    path = fastest_path(kind, PATHS, lambda: itertools.repeat(sample))
     return PATHS[path](query, key, value, scaling)
 
 

@@ -504,9 +504,9 @@ struct FewRowsLinear {
   static constexpr int X_ROWS = 4, WEIGHT_ROWS = 4;  // of the largest tile
   static constexpr int64_t AHEAD = 4096;  // bytes, to prefetch
 
-  static void arrange(const int8_t *q, const float *scale, int64_t vectors, int64_t group_size, int8_t *to,
+  static void arrange(const int8_t *q, const float *scale, int64_t columns, int64_t vectors, int64_t group_size, int8_t *to,
                       float *correction) {
-    for (int64_t b = 0; b < vectors * COLUMNS / BLOCK; b++) {
+    for (int64_t b = 0; b * BLOCK < columns; b++) {  // what is padded adds nothing, and has no group
       int32_t sum = 0;
       for (int64_t i = b * BLOCK; i < (b + 1) * BLOCK; i++) sum += q[i];
       correction[b * BLOCK / group_size] -= offset(bits) * sum * scale[b];
@@ -604,7 +604,7 @@ struct FewRowsLinear {
         memset(block_scale + m * blocks, 0, blocks * sizeof(float));
         memset(correction + m * scales, 0, scales * sizeof(float));
         quantize_row(p.x + m * p.in, p.in, natural, block_scale + m * blocks);
-        arrange(natural, block_scale + m * blocks, vectors, p.group_size(), q + m * padded, correction + m * scales);
+        arrange(natural, block_scale + m * blocks, p.in, vectors, p.group_size(), q + m * padded, correction + m * scales);
       }
       const int64_t together = p.rows < X_ROWS ? 1 : WEIGHT_ROWS;
 #pragma omp for schedule(guided, 64)

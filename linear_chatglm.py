@@ -7,16 +7,18 @@ from torch import nn
 
 from .quantization_cpu import cpu_half_linear, cpu_half_matmul, cpu_library, has_half_matmul
 from .quantization_kernels import (
-    CHUNK_ROWS,
+    FEW_ROWS,
     MEASURED_SIZE,
     fastest_path,
     is_traced,
     matmul_by_chunks,
     needs_gradients,
+    rows_kind,
+    samples,
 )
 
 
-FEW_ROWS = 4  # of activations: up to so many, reading the weight from memory is what takes the time
+STREAMED_ROWS = 4  # of activations: beyond, a CPU that multiplies bfloat16 is faster with panels of the weight
 
 
 class Linear(nn.Linear):
@@ -30,8 +32,7 @@ class Linear(nn.Linear):
         if weight.dtype in (torch.float16, torch.bfloat16) and can_choose(input, weight):
             rows = input.reshape(-1, input.shape[-1])
             paths = half_paths(rows, weight)
-            kind = (weight.dtype, "many rows" if len(rows) > FEW_ROWS else "few rows")
-            path = fastest_path(kind, paths, lambda: (rows[:128], weight[:CHUNK_ROWS]))
+            path = fastest_path((weight.dtype, rows_kind(rows)), paths, lambda: samples(rows, weight))
             if path != "torch":
                 output = paths[path](rows, weight).view(*input.shape[:-1], -1)
                 return output if self.bias is None else output + self.bias
@@ -54,6 +55,7 @@ def can_choose(x: torch.Tensor, weight: torch.Tensor) -> bool:
         and not is_traced(weight)
         and x.device.type == weight.device.type == "cpu"
         and x.dtype == weight.dtype
+        and x.shape[-1:] == weight.shape[1:]  # else torch says so: C++ would read on
         and x.numel() > 0
         and weight.numel() >= MEASURED_SIZE  # a smaller one takes little time in any way
         and not needs_gradients(x, weight)
@@ -65,21 +67,13 @@ def by_chunks(x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torc
     return matmul_by_chunks(x, len(weight), dtype, lambda rows: weight[rows].float().to(dtype))
 
 
-FEW_ROW_PATHS = {"torch": nn.functional.linear, "compiled": cpu_half_linear}
-MANY_ROW_PATHS = {
-    "torch": nn.functional.linear,
-    "compiled": cpu_half_matmul,
-    "float32": functools.partial(by_chunks, dtype=torch.float32),
-    "bfloat16": functools.partial(by_chunks, dtype=torch.bfloat16),
-}
-
-
 def half_paths(x: torch.Tensor, weight: torch.Tensor) -> dict:
     """The ways to multiply x, `[rows, in]`, by the transpose of a weight in half precision."""
-    is_few = len(x) <= FEW_ROWS
-    paths = dict(FEW_ROW_PATHS if is_few else MANY_ROW_PATHS)
-    if not (cpu_library() if is_few else has_half_matmul()):
-        del paths["compiled"]
-    if weight.dtype == torch.bfloat16:
-        paths.pop("bfloat16", None)  # what torch does
+    paths = {"torch": nn.functional.linear, "float32": functools.partial(by_chunks, dtype=torch.float32)}
+    if weight.dtype == torch.float16:  # in bfloat16, torch's own way
+        paths["bfloat16"] = functools.partial(by_chunks, dtype=torch.bfloat16)
+    if len(x) > STREAMED_ROWS and has_half_matmul():
+        paths["compiled"] = cpu_half_matmul
+    elif len(x) <= FEW_ROWS and cpu_library():
+        paths["compiled"] = cpu_half_linear
     return paths

@@ -64,12 +64,14 @@ def compiler_flags() -> list[str]:
 
 
 def cpu_features() -> str:
-    """Returns the CPU's instruction sets: a library compiled on another machine may crash on this one."""
+    """Returns the CPU's name and instruction sets: a library compiled on another machine may crash on this one."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
-    return next((line for line in lines if line.lower().startswith(("flags", "features"))), platform.processor())
+    fields = {line.partition(":")[0].strip().lower(): line for line in reversed(lines)}  # of the first core
+    told = [fields[name] for name in ("model name", "cpu part", "flags", "features") if name in fields]
+    return "\n".join(told) or platform.processor()
 
 
 def run_compiler(command: list[str]):
@@ -211,11 +213,12 @@ def cpu_library() -> ctypes.CDLL | None:
         return None
 
 
-# Which path was fastest, by name of the kind of multiplication; for this CPU, code and torch
+# Which path was fastest, by name of the kind of multiplication; for this CPU, code, torch and number of threads
 
 
 def choices_path() -> Path:
-    return cache_folder() / f"{library_name().removesuffix('.so')}-torch-{torch.__version__}.json"
+    stem = library_name().removesuffix(".so")
+    return cache_folder() / f"{stem}-torch-{torch.__version__}-{torch.get_num_threads()}-threads.json"
 
 
 def kept_choices() -> dict[str, str]:
@@ -226,7 +229,7 @@ def kept_choices() -> dict[str, str]:
         choices = json.loads(path.read_text())
     except (OSError, RuntimeError, ValueError):  # RuntimeError: no home
         return {}
-    return choices if isinstance(choices, dict) else {}
+    return {kind: path for kind, path in choices.items() if isinstance(path, str)} if isinstance(choices, dict) else {}
 
 
 def keep_choices(choices: dict[str, str]):

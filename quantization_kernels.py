@@ -8,7 +8,7 @@ import functools
 import hashlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -141,7 +141,10 @@ CPU_PATHS = {
     "bfloat16": functools.partial(torch_linear, dtype=torch.bfloat16),
     "float32": torch_linear,
 }
+ALL_PATHS = (*CPU_PATHS, "torch")  # "torch": its own product, of weights in half precision
 MEASURED_SIZE = 1 << 20  # numbers in a weight; a smaller one takes little time by any path
+# Rows of activations that are measured in place of as many or fewer; in place of more, the last
+MEASURED_ROWS = (1, 4, 16, 128)
 chosen_paths: dict[tuple, str] = {}
 
 
@@ -151,11 +154,12 @@ def cpu_path(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: i
 
     The environment variable `CHATGLM_CPU_PATH` takes precedence over what was measured.
     """
+    groups = scale.numel() // len(scale)
     kind = (
         f"INT{bits}",
-        "a scale for each group" if scale.numel() > len(scale) else "a scale for each row",
+        f"a scale for {x.shape[1] // groups} columns" if groups > 1 else "a scale for each row",
         x.dtype,
-        "many rows" if x.shape[0] > FEW_ROWS else "few rows",
+        rows_kind(x),
     )
     paths = CPU_PATHS
     if scale.dtype not in SCALE_TYPES or not cpu_library():
@@ -166,28 +170,55 @@ def cpu_path(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: i
         return forced
     if weight.numel() < MEASURED_SIZE:
         return "compiled" if "compiled" in paths else "float32"
-    return fastest_path(kind, paths, lambda: (x[:128], weight[:CHUNK_ROWS], scale[:CHUNK_ROWS], bits))
+    return fastest_path(kind, paths, lambda: ((*pieces, bits) for pieces in samples(x, weight, scale)))
 
 
-def fastest_path(kind: tuple, paths: dict[str, Callable], sample: Callable[[], tuple]) -> str:
+def measured_rows(x: torch.Tensor) -> int:
+    return next((rows for rows in MEASURED_ROWS if len(x) <= rows), MEASURED_ROWS[-1])
+
+
+def rows_kind(x: torch.Tensor) -> str:
+    return f"up to {measured_rows(x)} rows" if len(x) <= MEASURED_ROWS[-2] else "many rows"
+
+
+def samples(x: torch.Tensor, *weights: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
     """
-    Returns which of `paths` is fastest for a kind of multiplication, measured at first use with the arguments that `sample`
-    returns.
+    Yields without end what to measure with: as many rows of activations for a kind whatever the first call has, and
+    `CHUNK_ROWS` of the weights, each time other ones, as decoding reads them from memory rather than from the cache.
+    """
+    x = x[torch.arange(measured_rows(x)) % len(x)]
+    while True:
+        for pieces in zip(*(weight.split(CHUNK_ROWS) for weight in weights)):
+            yield (x, *pieces)
 
-    The choice is kept for the process and, beside the compiled library, for the next ones.
+
+def fastest_path(kind: tuple, paths: dict[str, Callable], samples: Callable[[], Iterator[tuple]]) -> str:
+    """
+    Returns which of `paths` is fastest for a kind of multiplication, measured at first use with the arguments that the
+    iterator yields which `samples` returns.
+
+    The choice is kept for the process and, beside the compiled library, for the next ones. The environment variable
+    `CHATGLM_CPU_PATH` takes precedence, if there is such a path for the kind.
     """
     if kind not in chosen_paths:
-        name, kept = ", ".join(map(str, kind)), kept_choices()
-        if kept.get(name) not in paths:
-            seconds = measure(paths, *sample())
-            kept[name] = min(seconds, key=seconds.get)
-            logger.info(f"{name}: {', '.join(f'{path} {1000 * s:.2f} ms' for path, s in seconds.items())}.")
-            keep_choices(kept)
-        chosen_paths[kind] = kept[name]
+        forced = os.environ.get("CHATGLM_CPU_PATH")
+        if forced and forced not in ALL_PATHS:
+            raise ValueError(f"CHATGLM_CPU_PATH must be one of {', '.join(ALL_PATHS)}, got {forced!r}.")
+        chosen_paths[kind] = forced if forced in paths else kept_or_measured(", ".join(map(str, kind)), paths, samples)
     return chosen_paths[kind]
 
 
-def measure(paths: dict[str, Callable], *arguments) -> dict[str, float]:
+def kept_or_measured(kind: str, paths: dict[str, Callable], samples: Callable[[], Iterator[tuple]]) -> str:
+    kept = kept_choices()
+    if kept.get(kind) not in paths:
+        seconds = measure(paths, samples())
+        kept[kind] = min(seconds, key=seconds.get)
+        logger.info(f"{kind}: {', '.join(f'{path} {1000 * s:.2f} ms' for path, s in seconds.items())}.")
+        keep_choices(kept)
+    return kept[kind]
+
+
+def measure(paths: dict[str, Callable], samples: Iterator[tuple]) -> dict[str, float]:
     """
     Returns the seconds that each path takes: the least of several calls, of which the first does not count. The paths take
     turns, so other load on the machine slows all of them.
@@ -195,6 +226,7 @@ def measure(paths: dict[str, Callable], *arguments) -> dict[str, float]:
     seconds = {name: [] for name in paths}
     for _ in range(6):
         for name, path in paths.items():
+            arguments = next(samples)
             start = time.perf_counter()
             path(*arguments)
             seconds[name].append(time.perf_counter() - start)

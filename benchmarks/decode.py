@@ -5,8 +5,8 @@ Measures loading, prefill and decoding in the ChatGLM2-6B shape on the CPU, and 
     python -m benchmarks.decode --output build/decode.json --ik ik_llama.cpp/build/bin/llama-bench
 
 Weights are random. The systems take turns and generate greedily from the same number of tokens, with the same number of threads.
-The figures are medians over the rounds, and their ratios. In each round the highest memory bandwidth is measured too: decoding
-cannot be faster than that. Unquantized weights have 6 of the 28 layers, as all would take up to 25 GB.
+The figures are medians over the rounds, and their ratios. Each round measures a plain read of memory too, which decoding can
+hardly be faster than, and the matrix multiplications alone. Unquantized weights have 6 of the 28 layers, as all would take up to 25 GB.
 
 ik_llama.cpp is not on PyPI; build it with its default flags: `cmake -B build -DGGML_NATIVE=ON`, `cmake --build build`.
 """
@@ -64,8 +64,14 @@ def compare(precision: str, args) -> dict:
     prompt = random_prompt(args.prompt)
     memory = torch.ones(1 << 28)  # 1 GB, which no cache holds
     runs = {name: lambda system=system: system.run(prompt, args.tokens) for name, system in systems.items()}
-    rounds = in_turn({"stream": lambda: read_bandwidth(memory), **runs}, args.rounds)
-    stream = rounds.pop("stream")
+    runs = {  # next to each other what is compared with each other
+        "stream": lambda: read_bandwidth(memory),
+        "this": runs.pop("this"),
+        "products": lambda: product_seconds(ours.model, args.tokens),
+        **runs,
+    }
+    rounds = in_turn(runs, args.rounds)
+    stream, products = rounds.pop("stream"), rounds.pop("products")
     read = weight_bytes(ours.model) / 1e9
     result = {
         "layers": layers,
@@ -75,11 +81,11 @@ def compare(precision: str, args) -> dict:
         "stream_gb_s": statistics.median(stream),
         "share_of_stream": statistics.median(read / step / gb_s for (_, step), gb_s in zip(rounds["this"], stream)),
     }
+    steps = [step for _, step in rounds["this"]]
+    result["share_outside_products"] = statistics.median(1 - p / step for p, step in zip(products, steps))
     for name, pairs in rounds.items():
         prefill, decode = (statistics.median(values) for values in zip(*pairs))
         result[name] = {"prefill_tokens_s": args.prompt / prefill, "decode_tokens_s": 1 / decode}
-    step = 1 / result["this"]["decode_tokens_s"]
-    result["share_outside_products"] = 1 - product_seconds(ours.model, args.tokens) / step
     result["ratio"] = {
         peer: {figure: result["this"][figure] / result[peer][figure] for figure in result[peer]}
         for peer in systems

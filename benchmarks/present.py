@@ -50,7 +50,7 @@ def decode_text(figures: dict) -> str:
             f"{r['weights_gb']:.1f}",
             f"{r['anonymous_gb']:.2f}",
             f"{r['share_of_stream']:.0%} of {r['stream_gb_s']:.0f} GB/s" if "stream_gb_s" in r else "",
-            f"{max(r['share_outside_products'], 0):.0%}",
+            f"{r['share_outside_products']:.0%}",
         ]
         for name, r in decode_rows(figures)
     ]
@@ -60,9 +60,9 @@ def decode_text(figures: dict) -> str:
         "The 6B shape with random weights, run by `generate`. INT8 and INT4 store embedding and output layer in INT8, and are "
         "compared with Q8_0 and Q4_0 (output layer in Q6_K). `GlmForCausalLM` has the same weights and uses torch's matrix "
         "multiplication. Anonymous memory is the peak while loading and answering once: weights stay mapped from the file, "
-        "unless they are cast. The bandwidth used in decoding is compared with the highest that this CPU reached in a "
-        "measurement in the same minutes; more than 100 % means that the memory was faster during decoding. The last column "
-        "is the share of a decoding step that is not spent in matrix multiplication."
+        "unless they are cast. The bandwidth used in decoding is compared with that of a plain read of memory in the same "
+        "rounds; more than 100 % means that the memory was faster during decoding. The last column is the share of a decoding "
+        "step that is not spent in matrix multiplication; below zero, it is less than the noise."
     )
     return text
 
@@ -114,7 +114,7 @@ def attention_text(figures: dict) -> str:
     if len(base) > 1:
         rows = [
             [f"{row['positions']:,}"]
-            + [f"{row[name]['decode_ms']:.0f} (+{row[name]['attention_added']:.1%})" for name in base]
+            + [f"{row[name]['decode_ms']:.0f} ({row[name]['attention_added']:+.1%})" for name in base]
             + [f"{row['decode_ratio']:.2f}"]
             for row in figures["rows"]
         ]
@@ -361,7 +361,7 @@ def evaluation_text(figures: dict) -> str:
         rows.append([row["task"], row["questions"], f"{this:.1f}", f"{harness:.1f}", f"{row['ratio']:.2f}", same])
     header = ["", "questions", "this package, s", "lm-evaluation-harness, s", "ratio", "same scores"]
     return table(header, rows) + (
-        f"\n\n`checkpoints/tiny` in float32, batches of {figures['batch_size']}, with `evaluation.model` and with the harness's own "
+        f"\n\nThe small model, batches of {figures['batch_size']}, with `evaluation.model` and with the harness's own "
         f"`HFLM`, on the same tasks and questions. All together: {figures['ratio']:.2f} times as fast. The gain is smallest for MMLU "
         "with the chat model: its answers are short, and its prompts share no examples."
     )
@@ -440,11 +440,11 @@ MODELS = {
     "rounds": lambda figures: f"{figures['layers']} layers of {SIZES}, INT4",
     "batching": lambda figures: f"{figures['layers']} layers of {SIZES}, INT4, single runs",
     "serving": lambda figures: f"{figures['layers']} layers of {SIZES}, INT4",
-    "soak": lambda figures: "checkpoints/tiny, float32",
+    "soak": lambda figures: "the small model",
     "training": lambda figures: "{num_layers} layers of width {hidden_size}, random weights, float32".format(
         **figures["shape"]
     ),
-    "evaluation": lambda figures: "checkpoints/tiny, float32",
+    "evaluation": lambda figures: "the small model",
     "tokenizer": lambda figures: "tokenizer of ChatGLM2-6B",
     "quantization_quality": lambda figures: "checkpoints/tiny, held-out text",
 }
@@ -532,8 +532,9 @@ the speeds depend on the machine. Programs that are not installed (extra `bench`
 
 ## Summary
 
-The 6B shape with random weights, on two cores of each CPU, compared with the fastest other program. Ratios above 1 mean that this
-package is faster; the lowest comes first. The figures of the Intel CPU are of an earlier version of this package."""
+The 6B shape with random weights, on two cores of each CPU, compared with the fastest other program in the same benchmark. Ratios
+above 1 mean that this package is faster; the lowest comes first. The figures of the Intel CPU are of an earlier version of this
+package."""
 
 
 def main():

@@ -125,7 +125,7 @@ def choosing(chatglm, tmp_path, monkeypatch):
     kernels.chosen_paths.clear()
 
     def fastest(path):
-        def measure(paths, *arguments):
+        def measure(paths, samples):
             measured.extend(paths)
             return {name: 1.0 if name == path else 2.0 for name in paths}
 

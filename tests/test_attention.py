@@ -72,6 +72,13 @@ def test_a_long_context_takes_the_fastest_path(small_model, compiled, choosing, 
     torch.testing.assert_close(step, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_other_heads_are_measured_apart(attention, choosing):
+    measured = choosing("torch")
+    for kv_heads, heads, head_dim in ((2, 16, 32), (2, 16, 64), (2, 8, 32), (4, 16, 32), (2, 16, 32)):
+        attention.attend_to_all(*states(1, kv_heads, heads, 600, head_dim, torch.float32), 1.0)
+    assert measured.count("torch") == 4
+
+
 def test_what_is_left_to_torch(attention):
     """Masks, gradients, short contexts, other dtypes and layouts."""
     query, key, value = states(2, 2, 4, 600, 16, torch.float32)

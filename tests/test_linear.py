@@ -107,6 +107,42 @@ def test_what_is_left_to_torch(linear, choosing, monkeypatch):
         half(torch.ones(1, 8))
 
 
+@pytest.mark.parametrize("rows, columns", itertools.product((1, 40), (4, 7, 16)))
+def test_rows_of_another_length_are_torchs_error(linear, choosing, rows, columns):
+    choosing("compiled")
+    layer = linear.Linear(8, 4, dtype=torch.bfloat16).requires_grad_(False)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        layer(torch.ones(rows, columns, dtype=torch.bfloat16))
+
+
+def test_forced_path(linear, choosing, monkeypatch):
+    measured = choosing("torch")
+    layer = linear.Linear(64, 48, dtype=torch.float16).requires_grad_(False)
+    monkeypatch.setenv("CHATGLM_CPU_PATH", "fast")
+    with pytest.raises(
+        ValueError, match="CHATGLM_CPU_PATH must be one of compiled, bfloat16, float32, torch, got 'fast'"
+    ):
+        layer(torch.ones(1, 64, dtype=torch.float16))
+    monkeypatch.setenv("CHATGLM_CPU_PATH", "float32")
+    called = []
+    by_chunks = linear.by_chunks
+    monkeypatch.setattr(
+        linear, "by_chunks", lambda *given, **options: (called.append(options), by_chunks(*given, **options))[1]
+    )
+    layer(torch.ones(1, 64, dtype=torch.float16))
+    assert called == [{"dtype": torch.float32}] and not measured
+
+
+def test_one_few_and_many_rows_are_measured_apart(linear, choosing):
+    measured = choosing("torch")
+    layer = linear.Linear(64, 48, dtype=torch.float16).requires_grad_(False)
+    numbers = []
+    for rows in (1, 2, 4, 5, 16, 17, 200):
+        layer(torch.ones(rows, 64, dtype=torch.float16))
+        numbers.append(measured.count("torch"))
+    assert numbers == [1, 2, 2, 3, 3, 4, 4]
+
+
 def test_loaded_models_use_the_compiled_path(small_model, linear, choosing, tmp_path):
     """Layers of a model that is being built are torch's, by which other libraries find them."""
     assert not any(isinstance(layer, linear.Linear) for layer in small_model().modules())

@@ -20,8 +20,8 @@ BUILDS = {
     "native": None,
     "scalar": ["-march=native" if IS_X86 else "-mcpu=native", "-DCHATGLM_SCALAR"],
     "any CPU": [],
-    "AVX2": ["-mavx2", "-mfma"],
-    "AVX-VNNI": ["-mavx2", "-mfma", "-mavxvnni"],
+    "AVX2": ["-mavx2", "-mfma", "-mf16c"],
+    "AVX-VNNI": ["-mavx2", "-mfma", "-mf16c", "-mavxvnni"],
 }
 
 

@@ -1,6 +1,6 @@
 """Multiplication by quantized weights, by every path, against float64."""
 
-from itertools import product
+from itertools import count, islice, product
 from types import SimpleNamespace
 
 import pytest
@@ -252,9 +252,10 @@ def test_the_fastest_path_multiplies(kernels, choosing, monkeypatch, path):
 
 
 def test_a_choice_for_each_kind(kernels, choosing):
-    """Bits, groups, dtype, few or many rows; but not for each number of rows or columns."""
+    """Bits, group size, dtype, and one, few or many rows; but not for each number of rows or columns."""
     measured = choosing("bfloat16")
-    kinds = list(product((4, 8), (None, 32), (torch.float32, torch.bfloat16), ((1, 16), (17, 30))))
+    rows = ((1,), (2, 4), (5, 16), (17, 30))
+    kinds = list(product((4, 8), (None, 32, 64), (torch.float32, torch.bfloat16), rows))
     for bits, group_size, dtype, rows in kinds:
         for n, columns in product(rows, (256, 512)):
             x, weight, scale, _ = random_case(kernels, bits, 33, columns, group_size, n, dtype)
@@ -275,7 +276,18 @@ def test_choices_are_kept_for_the_next_process(kernels, choosing, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "damage", ["cut", "list", "unknown path", "not text", "writable for others", "none", "other torch"]
+    "damage",
+    [
+        "cut",
+        "list",
+        "unknown path",
+        "no text for a path",
+        "not text",
+        "writable for others",
+        "none",
+        "other torch",
+        "threads",
+    ],
 )
 def test_choices_that_are_not_trusted(kernels, choosing, tmp_path, monkeypatch, damage):
     """They are measured again, and written where they can be."""
@@ -288,6 +300,7 @@ def test_choices_that_are_not_trusted(kernels, choosing, tmp_path, monkeypatch, 
         "cut": content[:-5],
         "list": b"[1]",
         "unknown path": content.replace(b'float32"', b'gpu"'),
+        "no text for a path": content.replace(b'"float32"', b'["float32"]'),
         "not text": b"\xff",
     }
     if damage in damaged:
@@ -297,8 +310,10 @@ def test_choices_that_are_not_trusted(kernels, choosing, tmp_path, monkeypatch, 
         file.chmod(0o666)
     elif damage == "none":
         file.unlink()
-    else:
+    elif damage == "other torch":
         monkeypatch.setattr(torch, "__version__", "0.0")
+    else:
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 97)
     kernels.chosen_paths.clear()
     choosing("bfloat16")
     assert kernels.cpu_path(x, weight, scale, 4) == "bfloat16"
@@ -359,5 +374,16 @@ def test_measuring(kernels, monkeypatch):
         return call
 
     paths = {"compiled": path("compiled", 1.0, 3.0, 2.0, 5.0, 4.0, 6.0), "float32": path("float32", 9, 8, 7, 8, 9, 9)}
-    assert kernels.measure(paths, 1, 2) == {"compiled": 2.0, "float32": 7.0}
-    assert called == [("compiled", (1, 2)), ("float32", (1, 2))] * 6
+    samples = ((i, 2) for i in count())
+    assert kernels.measure(paths, samples) == {"compiled": 2.0, "float32": 7.0}
+    assert called == [(("compiled", "float32")[i % 2], (i, 2)) for i in range(12)]
+
+
+@pytest.mark.parametrize("rows, measured", [(1, 1), (3, 4), (5, 16), (16, 16), (17, 128), (300, 128)])
+def test_samples(kernels, rows, measured):
+    """As many rows whichever call comes first, and other pieces of the weight in each turn."""
+    x, weight, scale, _ = random_case(kernels, 4, 2500, 64, rows=rows)
+    found = list(islice(kernels.samples(x, weight, scale), 4))
+    assert all(torch.equal(y, x[torch.arange(measured) % rows]) for y, _, _ in found)
+    for (_, part, part_scale), start in zip(found, (0, 1024, 2048, 0), strict=True):
+        assert torch.equal(part, weight[start : start + 1024]) and torch.equal(part_scale, scale[start : start + 1024])
