@@ -35,6 +35,7 @@ QUERIES = [
     "I feel sad today.",
 ]
 WAYS = {"one by one": [], "continuous batching": ["--continuous-batching"]}  # options of the server
+EXPECTED = {"answered", "hung up", "refused"}
 HANG_UP = 0.1  # the share of streams that are left after their first text
 ATTACKERS = 2
 MESSAGE = b'{"messages": [{"role": "user", "content": "hi"}]'
@@ -160,6 +161,8 @@ def main():
         args.clients, args.minutes = 2, 0.1
     ways = {name: soak(server_options, args.clients, args.minutes) for name, server_options in WAYS.items()}
     report({"clients": args.clients, "minutes": args.minutes, "ways": ways}, args.output)
+    if any(result["outcomes"].keys() - EXPECTED for result in ways.values()):
+        raise SystemExit("There were errors.")
 
 
 if __name__ == "__main__":

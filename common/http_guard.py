@@ -68,18 +68,26 @@ class Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
-def run(app, listener: socket.socket, name: str, args: argparse.Namespace, on_exit: Callable = lambda: None):
+def run(
+    app,
+    listener: socket.socket,
+    name: str,
+    args: argparse.Namespace,
+    on_exit: Callable = lambda: None,
+    around: Callable = lambda app: app,
+):
     """
     Serves until interrupted. The printed address names the port, for --port 0 too.
 
     Args:
+        around: Returns what to serve in place of the guarded application, to see what the guard refuses, too.
         on_exit: Called on SIGINT and SIGTERM. Requests then have 3 seconds to end.
     """
     if args.host not in ("127.0.0.1", "localhost", "::1") and not args.api_key:
         print(f"Anyone who can reach {args.host} can use this server. Consider --api-key.", file=sys.stderr)
     host = f"[{args.host}]" if ":" in args.host else args.host
     print(f"{name} at http://{host}:{listener.getsockname()[1]}", flush=True)
-    config = configuration(guarded(app, args.api_key, args.max_body, args.allowed_hosts, args.cors))
+    config = configuration(around(guarded(app, args.api_key, args.max_body, args.allowed_hosts, args.cors)))
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises the signal again after it has stopped
         Server(config, on_exit).run(sockets=[listener])
 
@@ -195,8 +203,8 @@ class Guard:
         return None
 
     def is_allowed_host(self, host: str) -> bool:
-        name, port = host.rsplit(":", 1) if host.rpartition(":")[2].isdigit() else (host, "")
-        name = name.lower().rstrip(".")
+        name, _, port = host.rpartition(":")
+        name = (name if name and port.isdigit() else host).lower().rstrip(".")
         if "*" in self.allowed_hosts or name == "localhost" or name in self.allowed_hosts:
             return True
         with contextlib.suppress(ValueError):

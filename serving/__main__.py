@@ -48,6 +48,7 @@ def main(argv=None):
 
         from .batching import Batched
         from .generation import OneByOne
+        from .metrics import CountRequests
         from .server import Defaults, Service, build_app
 
     listener = listen(args.host, args.port)
@@ -61,7 +62,9 @@ def main(argv=None):
     defaults = Defaults(args.max_tokens, args.temperature, args.top_p)
     name = args.name or Path(args.model).resolve().name
     service = Service(name, model, tokenizer, engine, defaults, args.any_model_name)
-    run(build_app(service), listener, f"{name}, by OpenAI's API (/v1)", args, service.stop)
+    app = build_app(service)
+    count = lambda guarded: CountRequests(guarded, service.metrics, app.routes)  # noqa: E731
+    run(app, listener, f"{name}, by OpenAI's API (/v1)", args, service.stop, count)
 
 
 if __name__ == "__main__":

@@ -107,10 +107,11 @@ class Batched(Engine):
         if not sampling.max_new_tokens:
             return
         self.start()
+        state = "waiting"
         request, manager, outputs, received, is_finished = uuid.uuid4().hex, self.manager, asyncio.Queue(), 0, False
         self.routes[request] = manager, outputs
-        self.running += 1
-        is_greedy = self.is_greedy(sampling)
+        self.waiting += 1
+        is_greedy, vocabulary = self.is_greedy(sampling), self.model.config.padded_vocab_size
         try:
             manager.add_request(
                 prompt,
@@ -119,18 +120,20 @@ class Batched(Engine):
                 max_new_tokens=sampling.max_new_tokens,
                 temperature=1.0 if is_greedy else float(sampling.temperature),
                 top_p=1.0 if is_greedy else float(sampling.top_p),
-                top_k=1 if is_greedy else sampling.top_k or self.model.config.padded_vocab_size,
+                top_k=1 if is_greedy else min(sampling.top_k or vocabulary, vocabulary),
             )
             while not is_finished:
                 output = await outputs.get()
                 if output is None or output.error is not None:
                     raise RuntimeError(f"Continuous batching failed: {output.error if output else 'it has ended'}")
+                if state == "waiting":
+                    self.waiting, self.running, state = self.waiting - 1, self.running + 1, "running"
                 is_finished = output.is_finished()
                 for id in output.generated_tokens[received:]:
                     yield Token(id)
                 received = len(output.generated_tokens)
         finally:
-            self.running -= 1
+            setattr(self, state, getattr(self, state) - 1)
             del self.routes[request]
             if not is_finished:
                 manager.cancel_request(request)

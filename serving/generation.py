@@ -214,8 +214,8 @@ class OneByOne(Engine):
         if not self.is_greedy(sampling):
             options = dict(do_sample=True, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k)
             options["min_p"] = sampling.min_p or None
-        if sampling.seed is not None:
-            torch.manual_seed(sampling.seed)
+        # The generator is everybody's: without a new seed, the answers after a seeded one would be the same each time.
+        torch.seed() if sampling.seed is None else torch.manual_seed(sampling.seed)
         input_ids = torch.tensor([prompt], device=self.model.device)
         output = self.model.generate(
             input_ids,

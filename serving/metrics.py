@@ -1,8 +1,11 @@
 """The metrics at /metrics, in Prometheus' format."""
 
 import time
+import uuid
+from collections.abc import Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from starlette.routing import BaseRoute, Match
 
 from .generation import Engine
 
@@ -29,19 +32,32 @@ class Metrics:
 
 
 class CountRequests:
-    """ASGI middleware that counts answers by path and status."""
+    """
+    ASGI middleware around all others: counts answers by path and status, and gives each an `x-request-id`, as OpenAI does.
 
-    def __init__(self, app, metrics: Metrics):
-        self.app, self.metrics = app, metrics
+    Args:
+        routes: Those of the application. Other paths, which clients make up, are not told apart.
+    """
+
+    def __init__(self, app, metrics: Metrics, routes: Sequence[BaseRoute]):
+        self.app, self.metrics, self.routes = app, metrics, routes
 
     async def __call__(self, scope, receive, send):
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+
         async def count_and_send(message):
             if message["type"] == "http.response.start":
-                path = scope["route"].path if "route" in scope else ""  # not what clients make up
-                self.metrics.requests.labels(path, message["status"]).inc()
+                self.metrics.requests.labels(self.path_of(scope), message["status"]).inc()
+                id = f"req_{uuid.uuid4().hex}".encode()
+                message = {**message, "headers": [*message.get("headers", ()), (b"x-request-id", id)]}
             await send(message)
 
         await self.app(scope, receive, count_and_send)
+
+    def path_of(self, scope) -> str:
+        scope = {**scope, "path": scope["path"].rstrip("/")}
+        return next((route.path for route in self.routes if route.matches(scope)[0] != Match.NONE), "")
 
 
 class Clock:

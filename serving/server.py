@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import re
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -20,7 +21,7 @@ from pydantic.json_schema import models_json_schema
 from common.http_errors import INTERNAL, ApiError, answer_errors, parse
 
 from .generation import Engine, Sampling, Started
-from .metrics import Clock, CountRequests, Metrics
+from .metrics import Clock, Metrics
 from .processors import Grammars, eos_ids
 from .shapes import ChatAnswer, ChatRequest, ModelRequest, Piece, SamplingRequest, TextAnswer, TextRequest, Token, Usage
 from .text import TextBuilder, token_bytes
@@ -29,6 +30,7 @@ from .text import TextBuilder, token_bytes
 logger = logging.getLogger(__name__)
 
 TEXT_TOKENS = 16  # of a text completion that does not say how many, as OpenAI has it
+LOG_PREFIX = re.compile(r"^\[[\d:]+\] \S+:\d+: ")  # of xgrammar's errors: the time, and where in its source
 MAX_SCHEMA = 1 << 16  # characters of a JSON schema
 REFERENCE = "#/components/schemas/{model}"
 
@@ -101,9 +103,11 @@ class Service:
             message = f"Unsupported parameter: '{name}' is not available {self.engine.why_unsupported}."
             raise ApiError(400, message, name, "unsupported_parameter")
         answer_type, prefix = (ChatAnswer, "chatcmpl") if is_chat else (TextAnswer, "cmpl")
+        name = request.model or self.name  # the one that was asked for, with --any-model-name
         answer = answer_type(
-            f"{prefix}-{uuid.uuid4().hex}", self.name, lambda id: token_bytes(self.tokenizer, id), request.alternatives
-        )
+            f"{prefix}-{uuid.uuid4().hex}", name, lambda id: token_bytes(self.tokenizer, id), request.alternatives,
+            self.tokenizer.all_special_ids,
+        )  # fmt: skip
         usage = Usage(prompt_tokens=sum(map(len, prompts)))
         job = Job(request, answer, [], [], [], usage)
         for prompt, sampling, echo in zip(prompts, samplings, echoes):
@@ -211,7 +215,10 @@ class Service:
         try:
             return self.grammars.compile(schema)
         except RuntimeError as error:
-            raise ApiError(400, f"The schema cannot be followed: {error}", "response_format", "invalid_value") from None
+            reason = LOG_PREFIX.sub("", str(error))
+            raise ApiError(
+                400, f"The schema cannot be followed: {reason}", "response_format", "invalid_value"
+            ) from None
 
     # Jobs to answers
 
@@ -288,8 +295,9 @@ class Service:
 
     async def pieces_of(self, job: Job, index: int) -> AsyncIterator[Piece]:
         prompt, sampling, clock = job.prompts[index], job.samplings[index], Clock(self.metrics, job.arrival)
-        # A text goes on where its prompt ends; a chat's answer begins by itself.
-        before = prompt if isinstance(job.request, TextRequest) else ()
+        # A text goes on where its prompt ends, as a message that is continued does; an answer begins by itself.
+        goes_on = isinstance(job.request, TextRequest) or job.request.continue_final_message
+        before = prompt if goes_on else ()
         builder, reason = TextBuilder(self.tokenizer, job.request.stop, before), "length"
         end: list[Token] = []
         async with aclosing(self.engine.tokens(prompt, sampling)) as tokens:
@@ -337,7 +345,6 @@ def build_app(service: Service) -> FastAPI:
 
     app = FastAPI(title=f"{service.name}, by OpenAI's API", lifespan=lifespan, redoc_url=None)
     answer_errors(app)
-    app.add_middleware(CountRequests, metrics=service.metrics)
 
     def body_of(kind: type[SamplingRequest]) -> dict:
         schema = {"$ref": REFERENCE.format(model=kind.__name__)}
@@ -381,7 +388,10 @@ def build_app(service: Service) -> FastAPI:
             app.openapi_schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
             kinds = [(ChatRequest, "validation"), (TextRequest, "validation")]
             schemas = models_json_schema(kinds, ref_template=REFERENCE)[1]["$defs"]
-            app.openapi_schema.setdefault("components", {}).setdefault("schemas", {}).update(schemas)
+            components = app.openapi_schema.setdefault("components", {})
+            components.setdefault("schemas", {}).update(schemas)
+            components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+            app.openapi_schema["security"] = [{"key": []}, {}]  # with or without
         return app.openapi_schema
 
     app.openapi = openapi

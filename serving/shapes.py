@@ -1,8 +1,8 @@
 """
 The shapes of OpenAI's API: what requests may say, and what answers look like.
 
-A field that is null is ignored. A field that asks for nothing (`tools: []`, `n: 1`) is accepted whatever its
-name is; one that asks for what this server cannot do is refused by name.
+A field that is null is ignored. A field that asks for nothing (`tools: []`, `n: 1`) is accepted whatever its name is; one that
+asks for what this server cannot do is refused by name.
 """
 
 import re
@@ -20,24 +20,31 @@ from common.http_errors import ApiError, type_of
 MAX_CHOICES = 128  # answers of one request: prompts times n
 ANY = object()
 
-# Fields without effect here, and the values that they may have. Whatever is false, 0 or empty is accepted anyway.
+# Fields without effect here, and the values that they may have
 WITHOUT_EFFECT = {
-    "add_generation_prompt": [True, False],
+    "add_special_tokens": [True],
     "best_of": [1],
+    "function_call": ["none", "auto"],
     "length_penalty": [1],
     "metadata": ANY,
     "modalities": [["text"]],
+    "num_beams": [1],
     "parallel_tool_calls": [True],
     "prompt_cache_key": ANY,
     "prompt_cache_retention": ANY,
+    "reasoning_effort": ["medium"],
     "safety_identifier": ANY,
     "service_tier": ["auto", "default"],
     "skip_special_tokens": [True],
     "spaces_between_special_tokens": [True],
     "tool_choice": ["none", "auto"],
+    "typical_p": [1],
+    "use_cache": [True],
     "user": ANY,
     "verbosity": ["medium"],
 }
+# Of all others, what is false, 0 or empty asks for nothing. These are on by default, or turned on by being there.
+ASKED_FOR_IF_FALSE = {"add_special_tokens", "skip_special_tokens", "web_search_options"}
 
 
 # Requests
@@ -53,7 +60,8 @@ class Shape(BaseModel, extra="allow", strict=True):
     def refuse_unknown(self):
         for name, value in self.model_extra.items():
             accepted = WITHOUT_EFFECT.get(name, [])
-            if value and accepted is not ANY and value not in accepted:
+            is_asked_for = value or name in ASKED_FOR_IF_FALSE
+            if is_asked_for and accepted is not ANY and value not in accepted:
                 raise PydanticCustomError("unsupported", "unsupported", {"name": name})
         return self
 
@@ -108,13 +116,17 @@ def from_generation_config(data: Any) -> Any:
     if not isinstance(data, dict) or not isinstance(data.get("generation_config"), str):
         return data
     try:
-        config = dict(from_json(data["generation_config"]))
-    except (ValueError, TypeError):
-        raise ValueError("generation_config must be a text of JSON") from None
+        config = from_json(data["generation_config"])
+    except ValueError:
+        config = None
+    if not isinstance(config, dict):
+        message = "Invalid value for 'generation_config': must be the text of a JSON object."
+        raise ApiError(400, message, "generation_config", "invalid_value")
     config = {name: value for name, value in config.items() if not name.startswith(("_", "transformers_"))}
     if config.pop("do_sample", None) is False:
         config["temperature"] = 0
-    config["max_tokens"] = config.pop("max_new_tokens", None)
+    if "max_new_tokens" in config:
+        config["max_tokens"] = config.pop("max_new_tokens")
     return {**{name: value for name, value in data.items() if name != "generation_config"}, **config}
 
 
@@ -124,6 +136,16 @@ Stop = Annotated[str, Field(min_length=1, max_length=256)]
 class Message(Shape):
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[str, BeforeValidator(text_of_parts)]
+    name: str = ""  # of several users: the prompt has no place for it
+
+    @model_validator(mode="before")
+    @classmethod
+    def refuse_calls(cls, data: Any) -> Any:
+        """Before it is said that `content` is missing, as it is in a message that calls a tool."""
+        for name in ("tool_calls", "function_call"):
+            if isinstance(data, dict) and data.get(name):
+                raise PydanticCustomError("unsupported", "unsupported", {"name": name})
+        return data
 
 
 class StreamOptions(Shape):
@@ -133,7 +155,7 @@ class StreamOptions(Shape):
 class JsonSchema(Shape):
     name: str = ""
     description: str = ""
-    schema_: dict = Field(alias="schema")
+    schema_: dict = Field({}, alias="schema")  # none: any JSON
     strict: bool = False
 
 
@@ -177,6 +199,7 @@ class ChatRequest(SamplingRequest):
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     continue_final_message: bool = False
+    add_generation_prompt: bool = True  # as vLLM has it; only continue_final_message can do without
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=20)
 
@@ -186,6 +209,9 @@ class ChatRequest(SamplingRequest):
             raise ApiError(
                 400, "Invalid value for 'max_tokens': must be at least 1, got 0.", "max_tokens", "invalid_value"
             )
+        if not self.add_generation_prompt and not self.continue_final_message:
+            message = "'add_generation_prompt': false needs 'continue_final_message': true."
+            raise ApiError(400, message, "add_generation_prompt", "invalid_value")
         if self.top_logprobs and not self.logprobs:
             raise ApiError(400, "'top_logprobs' needs 'logprobs': true.", "top_logprobs", "invalid_value")
         return self
@@ -267,13 +293,14 @@ class Answer:
     Args:
         bytes_of: Returns the bytes of a token.
         alternatives: As in the request.
+        special: Ids of the tokens that texts do not show.
     """
 
     object: str
     chunk_object: str
 
-    def __init__(self, id: str, model: str, bytes_of, alternatives: int | None):
-        self.id, self.model, self.bytes_of, self.alternatives = id, model, bytes_of, alternatives
+    def __init__(self, id: str, model: str, bytes_of, alternatives: int | None, special: Sequence[int] = ()):
+        self.id, self.model, self.bytes_of, self.alternatives, self.special = id, model, bytes_of, alternatives, special
         self.created = int(time.time())
         self.offsets: dict[int, int] = {}  # of each choice, where its next token begins
 
@@ -349,15 +376,24 @@ class TextAnswer(Answer):
         if self.alternatives is None:
             return None
         tokens, offsets, offset = [], [], self.offsets.get(piece.index, 0)
+        is_prompt = bool(piece.tokens) and piece.tokens[0].logprob is None
         for token in piece.tokens:
             tokens.append(self.text_of(token.id))
             offsets.append(offset)
-            offset += len(tokens[-1])
+            shown = "" if token.id in self.special else tokens[-1]
+            # The first word of a prompt has a space in its token, but not in the text.
+            offset += len(shown.removeprefix(" ") if is_prompt and not offset else shown)
         self.offsets[piece.index] = offset
-        tops = [{self.text_of(id): logprob for id, logprob in token.top.items()} for token in piece.tokens]
+        # The token itself is among them, as one more if it is not one of the likeliest.
+        tops = [
+            {self.text_of(id): logprob for id, logprob in (token.top | {token.id: token.logprob}).items()}
+            if token.top
+            else None
+            for token in piece.tokens
+        ]
         return {
             "tokens": tokens,
             "token_logprobs": [token.logprob for token in piece.tokens],
-            "top_logprobs": [top or None for top in tops] if self.alternatives else None,
+            "top_logprobs": tops if self.alternatives else None,
             "text_offset": offsets,
         }

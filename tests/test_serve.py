@@ -175,7 +175,8 @@ def test_any_model_name(model, tiny_tokenizer):
     body = json.dumps({"model": "gpt-3.5-turbo", "messages": HI}).encode()
     from serving.shapes import ChatRequest
 
-    assert service.prepare(ChatRequest, body).answer.model == "tiny"
+    assert service.prepare(ChatRequest, body).answer.model == "gpt-3.5-turbo"  # as it was asked for
+    assert service.prepare(ChatRequest, json.dumps({"messages": HI}).encode()).answer.model == "tiny"
 
 
 @pytest.mark.parametrize("query", ["你好", "Who are you?"])
@@ -255,6 +256,9 @@ def test_last_message_of_the_assistant(server, answer):
     said = server.ask(begun, max_tokens=20, extra_body={"continue_final_message": True, "add_generation_prompt": False})
     assert said.usage.prompt_tokens > server.ask("Who are you?", max_tokens=1).usage.prompt_tokens
     assert "[Round" not in said.choices[0].message.content
+    begun[1]["content"] = "I am"
+    said = server.ask(begun, max_tokens=5, extra_body={"continue_final_message": True})
+    assert said.choices[0].message.content.startswith(" ")  # the next word's: "I am" goes on with it
     with pytest.raises(openai.BadRequestError, match="needs a last message of the assistant"):
         server.ask(extra_body={"continue_final_message": True})
 
@@ -303,6 +307,22 @@ def test_sampling(server):
     assert ask(top_p=1e-6).content == ask(top_p=0).content == ask(extra_body={"top_k": 1}).content == greedy
 
 
+def test_seeds_are_of_one_request(one_by_one):
+    """What follows a request with a seed does not have the seed too."""
+    answers = set()
+    for _ in range(4):
+        one_by_one.ask(max_tokens=2, seed=1, temperature=1)
+        answers.add(
+            one_by_one.ask("Tell me a story.", max_tokens=12, temperature=2, top_p=1).choices[0].message.content
+        )
+    assert len(answers) > 1
+
+
+def test_top_k_of_everything(server):
+    assert server.ask(max_tokens=2, temperature=1, extra_body={"top_k": 2**40}).usage.completion_tokens == 2
+    assert server.ask(max_tokens=2).usage.completion_tokens == 2
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_least_temperature(server, answer, stream):
     """Scores divided by it are infinite: it is greedy, and no end to the batch."""
@@ -320,7 +340,7 @@ def test_generation_config(server):
     assert completion.choices[0].message.content == server.ask("你好", max_tokens=4).choices[0].message.content
     with pytest.raises(openai.BadRequestError, match="'num_beams'"):
         server.ask("你好", extra_body={"generation_config": GenerationConfig(num_beams=4).to_json_string()})
-    with pytest.raises(openai.BadRequestError, match="generation_config must be a text of JSON"):
+    with pytest.raises(openai.BadRequestError, match="must be the text of a JSON object"):
         server.ask("你好", extra_body={"generation_config": "nonsense"})
 
 
@@ -405,6 +425,9 @@ def test_logprobs_of_a_prompt(one_by_one, model, tiny_tokenizer):
     assert logprobs.token_logprobs[1:-1] == pytest.approx(expected[range(len(ids) - 1), ids[1:]].tolist(), abs=1e-3)
     assert max(logprobs.top_logprobs[5].values()) == pytest.approx(float(expected[4].max()), abs=1e-3)
     assert len(logprobs.tokens) == len(ids) + 1 == len(logprobs.text_offset)
+    text = completion.choices[0].text
+    for token, offset in list(zip(logprobs.tokens, logprobs.text_offset))[2:20]:  # after [gMASK] and sop
+        assert text[offset:].startswith(token.strip()) or text[offset:].startswith(token)
     ends = tiny_tokenizer("你好！")["input_ids"]  # with </s>: it counts as a token, too
     assert one_by_one.complete(ends, max_tokens=1).choices[0].text == ""
     logprobs_at_end = one_by_one.complete(ends, echo=True, logprobs=1, max_tokens=1).choices[0].logprobs
@@ -486,16 +509,19 @@ def test_values_without_effect(server):
     }
     options |= {"response_format": {"type": "text"}, "parallel_tool_calls": True, "metadata": {}, "store": False}
     options |= {"service_tier": "auto", "modalities": ["text"], "tool_choice": "auto", "tools": []}
+    options |= {"function_call": "auto", "reasoning_effort": "medium"}
     options["extra_body"] = {
         "best_of": 1,
         "ignore_eos": False,
         "stop_token_ids": [],
         "guided_json": None,
         "made_up": None,
+        "num_beams": 1,
+        "use_cache": True,
     }
     assert server.ask("你好", max_tokens=3, **options).usage.completion_tokens == 3
     nothing = dict.fromkeys([*options, "temperature", "top_p", "max_tokens", "seed", "stop", "stream", "functions"])
-    message = {"role": "user", "content": "hi", "name": None, "tool_calls": None}
+    message = {"role": "user", "content": "hi", "name": "Bob", "tool_calls": None}
     body = {"messages": [message], "max_completion_tokens": 2, **nothing}
     assert server.post(json.dumps(body).encode())[0] == 200
     body = {"prompt": "a", "max_tokens": 2, "echo": False, "best_of": 1, "suffix": None, "logprobs": None}
@@ -543,7 +569,24 @@ IMAGE = [{"type": "image_url", "image_url": {"url": "x"}}]
             "invalid_value",
             "text only.*'image_url'",
         ),
-        ({"messages": [{**HI[0], "name": "Bob"}]}, "messages[0].name", "unsupported_parameter", "name"),
+        (
+            {"messages": [HI[0], {"role": "assistant", "content": None, "tool_calls": [TOOL]}]},
+            "messages[1].tool_calls",
+            "unsupported_parameter",
+            "tool_calls",
+        ),
+        ({"extra_body": {"web_search_options": {}}}, "web_search_options", "unsupported_parameter", "leave it out"),
+        (
+            {"extra_body": {"skip_special_tokens": False}},
+            "skip_special_tokens",
+            "unsupported_parameter",
+            "leave it out",
+        ),
+        ({"extra_body": {"add_special_tokens": False}}, "add_special_tokens", "unsupported_parameter", "leave it out"),
+        ({"extra_body": {"add_generation_prompt": False}}, "add_generation_prompt", "invalid_value", "needs"),
+        ({"extra_body": {"generation_config": "[[1, 2]]"}}, "generation_config", "invalid_value", "a JSON object"),
+        ({"extra_body": {"generation_config": "null"}}, "generation_config", "invalid_value", "a JSON object"),
+        ({"extra_body": {"generation_config": "{"}}, "generation_config", "invalid_value", "a JSON object"),
         ({"messages": HI * 2}, "messages", "invalid_value", "roles must alternate"),
         ({"messages": [*HI, {"role": "system", "content": "x"}]}, "messages", "invalid_value", "roles must alternate"),
         (
@@ -981,6 +1024,8 @@ def test_api_key():
         ("evil.example:8000", [], False),
         ("127.0.0.1.evil.example", [], False),
         ("", [], False),
+        ("12345", [], False),
+        (":80", [], False),
         ("chat.example:443", ["chat.example"], True),
         ("evil.example", ["chat.example"], False),
         ("evil.example", ["*"], True),
@@ -1008,6 +1053,15 @@ def test_metrics_and_documentation(server):
             values[sample.name, sample.labels.get("path")] += sample.value
         return values
 
+    def refusals() -> float:
+        text = server.send("GET", "/metrics").read().decode()
+        samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+        labels = {"path": "/health", "status": "403"}
+        return sum(s.value for s in samples if s.name == "chatglm_requests_total" and s.labels == labels)
+
+    refused = refusals()
+    assert server.send("GET", "/health/", Host="evil.example").status == 403
+    assert refusals() == refused + 1  # what the guard refuses counts, too
     before = read()
     usage = server.ask("你好").usage
     server.post(b"{}", "/made/up")
@@ -1024,6 +1078,8 @@ def test_metrics_and_documentation(server):
     schemas = json.loads(server.send("GET", "/openapi.json").read())["components"]["schemas"]
     assert "messages" in schemas["ChatRequest"]["properties"] and "prompt" in schemas["TextRequest"]["properties"]
     assert server.send("GET", "/docs").status == 200
+    ids = [server.send("GET", path).headers["x-request-id"] for path in ("/health", "/health", "/made/up")]
+    assert all(id.startswith("req_") for id in ids) and len(set(ids)) == 3
 
 
 def test_bad_options(monkeypatch, capsys):
