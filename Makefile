@@ -20,7 +20,7 @@ CHAT_OPTIONS ?= $(if $(filter checkpoints/tiny,$(MODEL)),--temperature 0.3)
 TRANSFORMERS ?= 5.24.0
 MATRIX ?= 5.9.0 5.17.0 5.19.0 5.23.0
 ESSENTIALS = $(wildcard $(patsubst %,tests/test_%.py,chat compat configuration golden loading long_context modeling parallel \
-	quantization tokenization*))
+	quantization serve tokenization*))
 
 .PHONY: chat web serve test tested-release test-matrix test-newest test-others test-clients test-conversion test-vllm download upgrade hub-repo lint tiny bench clean
 

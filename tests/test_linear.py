@@ -19,7 +19,9 @@ def case(rows: int, out: int, columns: int, dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rows, out, columns", [*itertools.product((1, 2, 3, 4, 5, 40), (1, 37, 1030), (7, 64, 2250))])
+@pytest.mark.parametrize(
+    "rows, out, columns", [*itertools.product((1, 2, 3, 4, 5, 17, 40), (1, 37, 1030), (7, 64, 2250))]
+)
 def test_each_path_against_float64(linear, dtype, rows, out, columns):
     """Products may be rounded to the dtype that a path multiplies in, and the sum to the dtype of x."""
     x, weight = case(rows, out, columns, dtype)
@@ -32,6 +34,21 @@ def test_each_path_against_float64(linear, dtype, rows, out, columns):
         if name == "torch":  # how it sums is its own business
             bound = bound + 0.1 * torch.finfo(dtype).eps * size
         assert y.dtype == dtype and ((y.double() - exact).abs() <= bound + 1e-6).all(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 4, 17])
+def test_rows_do_not_disturb_each_other(linear, dtype, rows):
+    """NaN and infinity stay in their row, and an outlier of 1,000 times the rest costs the other rows nothing."""
+    x, weight = case(rows, 37, 64, dtype)
+    others = [row for row in range(rows) if row != rows // 2]
+    for value in (float("nan"), float("inf"), 3000.0):
+        broken = x.clone()
+        broken[rows // 2, 5] = value
+        for name, path in linear.half_paths(x, weight).items():
+            y = path(broken, weight)
+            assert torch.equal(y[others], path(x, weight)[others]), name
+            assert y[rows // 2].isfinite().all() == (value == 3000.0), name
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
