@@ -15,7 +15,10 @@ from fastapi import FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, StreamingResponse
 from jinja2 import TemplateError
+from openai.types import Completion, Model
+from openai.types.chat import ChatCompletion
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from common.http_errors import INTERNAL, ApiError, answer_errors, parse
@@ -346,15 +349,17 @@ def build_app(service: Service) -> FastAPI:
     app = FastAPI(title=f"{service.name}, by OpenAI's API", lifespan=lifespan, redoc_url=None)
     answer_errors(app)
 
-    def body_of(kind: type[SamplingRequest]) -> dict:
+    # For /openapi.json. Answers have the shapes of OpenAI's own client, of which this server fills a part.
+    def described(kind: type[SamplingRequest], answer: type[BaseModel]) -> dict:
         schema = {"$ref": REFERENCE.format(model=kind.__name__)}
-        return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+        body = {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+        return {"openapi_extra": body, "responses": {200: {"model": answer}}}
 
-    @app.post("/v1/chat/completions", openapi_extra=body_of(ChatRequest))
+    @app.post("/v1/chat/completions", **described(ChatRequest, ChatCompletion))
     async def chat_completions(request: Request):
         return await service.respond(ChatRequest, request)
 
-    @app.post("/v1/completions", openapi_extra=body_of(TextRequest))
+    @app.post("/v1/completions", **described(TextRequest, Completion))
     async def completions(request: Request):
         return await service.respond(TextRequest, request)
 
@@ -362,7 +367,7 @@ def build_app(service: Service) -> FastAPI:
     async def models():
         return {"object": "list", "data": service.models()}
 
-    @app.get("/v1/models/{name:path}")
+    @app.get("/v1/models/{name:path}", responses={200: {"model": Model}})
     async def model(name: str):
         service.check_model(name)
         return service.models()[0]

@@ -1077,6 +1077,8 @@ def test_metrics_and_documentation(server):
 
     page = json.loads(server.send("GET", "/openapi.json").read())
     assert not any("422" in operation["responses"] for path in page["paths"].values() for operation in path.values())
+    answer = page["paths"]["/v1/chat/completions"]["post"]["responses"]["200"]["content"]["application/json"]["schema"]
+    assert answer == {"$ref": "#/components/schemas/ChatCompletion"}
     schemas = page["components"]["schemas"]
     assert "messages" in schemas["ChatRequest"]["properties"] and "prompt" in schemas["TextRequest"]["properties"]
     assert server.send("GET", "/docs").status == 200
