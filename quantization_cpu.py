@@ -4,6 +4,7 @@ It is compiled at first use, for the machine that it is on, and kept in `~/.cach
 """
 
 import ctypes
+import errno
 import functools
 import hashlib
 import json
@@ -34,6 +35,7 @@ logger = logging.get_logger(__name__)
 
 SCALE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # as in the C++
 COMPILE_SECONDS = 60  # it takes a few; beyond this the compiler hangs
+NO_SPACE = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT)]
 
 
 # Compiling
@@ -75,7 +77,7 @@ def cpu_features() -> str:
 
 
 def run_compiler(command: list[str]):
-    """Raises `CompilerError` if the compiler fails, or takes longer than `COMPILE_SECONDS`."""
+    """Raises `CompilerError` if the compiler fails, or takes longer than `COMPILE_SECONDS`; `OSError` without space to write."""
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
     try:
         output, _ = process.communicate(timeout=COMPILE_SECONDS)
@@ -87,7 +89,8 @@ def run_compiler(command: list[str]):
         raise
     if process.returncode:
         output = output.decode(errors="replace")[-2000:]
-        raise CompilerError(f"{command[0]} failed with {process.returncode}:\n{output}")
+        error = OSError if any(reason in output for reason in NO_SPACE) else CompilerError
+        raise error(f"{command[0]} failed with {process.returncode}:\n{output}")
 
 
 def compile_library(path: Path):

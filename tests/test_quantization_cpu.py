@@ -229,6 +229,17 @@ def test_cache_that_cannot_be_written(cpu, compilations, logs, tmp_path):
     assert "cannot be kept in" in logs.text and "Set XDG_CACHE_HOME" in logs.text
 
 
+def test_cache_on_a_full_disk(cpu, cache, monkeypatch, logs, tmp_path):
+    """The compiler says so, and another folder may have room."""
+    compiler = tmp_path / "compiler"
+    full = f"*{cache}*) echo 'cannot write: No space left on device'; exit 1"
+    compiler.write_text(f'#!/bin/sh\ncase "$*" in {full};; esac\nexec g++ "$@"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    assert cpu.load_library(cache).chatglm_linear
+    assert "cannot be kept in" in logs.text and "No space left" in logs.text
+
+
 DAMAGES = {
     "empty": lambda content: b"",
     "one byte": lambda content: content[:1],
