@@ -84,7 +84,7 @@ lint: .venv/installed-test
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 
-# Trains checkpoints/tiny anew, in about five hours on two cores that multiply bfloat16. Interrupted, it goes on where it was.
+# Trains checkpoints/tiny anew, in about six and a half hours on two cores that multiply bfloat16. Interrupted, it goes on where it was.
 CORPORA ?= ../shared/data/corpora
 tiny: .venv/installed-training
 	test -e build/tiny/start/config.json || .venv/bin/python -m training.tiny texts --corpora $(CORPORA)

@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 import random
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -240,7 +241,7 @@ def test_prepared_dialogues_have_no_leaks(tmp_path, monkeypatch, finder):
     write_corpus(corpora, "chatterbot_en", [chat, leak] * 10)
     for name in ("SMALL_TALK", "INTENT", "ROW"):
         monkeypatch.setattr(tiny_dialogues, name, 2)
-    for name in ("STORIES", "POEMS", "MEMORIES"):
+    for name in ("STORIES", "POEMS", "MEMORIES", "TRANSLATIONS"):
         monkeypatch.setattr(tiny_dialogues, name, 100)
     made = []
     for run in ("a", "b"):
@@ -269,6 +270,42 @@ def test_templates():
         assert templates.fill("<He> is <name>, a <child>.", values) == expected[values["name"]]
     intent = {"queries": ["capital of <0>?"], "answers": ["<1>."]}
     assert templates.talk(intent, ["France", "Paris"]) == ("Capital of France?", "Paris.")
+    assert templates.talk(intent, ["[France|France]", "Paris"]) == ("Capital of France?", "Paris.")
+
+
+def test_coined_words_are_made_like_others():
+    rng = random.Random(0)
+    coined = {
+        like: {tiny_dialogues.coined(like, rng) for _ in range(50)}
+        for like in ("red", "Max", "毛毛", "小明", "红色", "苹果")
+    }
+    assert all(len(words) > 20 for words in coined.values())
+    assert all(word.isascii() and word.islower() for word in coined["red"])
+    assert all(word.isascii() and word.istitle() for word in coined["Max"])
+    assert all(word[0] == word[1] for word in coined["毛毛"]) and all(word[0] == "小" for word in coined["小明"])
+    assert all(word[2] == "色" for word in coined["红色"]) and all(len(word) == 2 for word in coined["苹果"])
+
+
+def test_memories_ask_for_what_was_coined(monkeypatch):
+    """A word that only one dialogue has is in what was said and in the last answer."""
+    monkeypatch.setattr(tiny_dialogues, "MEMORIES", 200)
+    rng = random.Random(0)
+    dialogues = list(tiny_dialogues.memories(tiny.talk_templates(rng), [("Hello.", "Hi.")], rng))
+    known = " ".join(sum(tiny.talk_templates(rng).words.values(), [])).lower()
+    new = [d for d in dialogues if not all(word in known for word in re.findall(r"[a-z]+x\b", d[-1][1].lower()))]
+    assert len(new) > 2
+    for dialogue in new:
+        word = re.search(r"[a-z]+x\b", dialogue[-1][1].lower())[0]
+        assert any(word in query.lower() for query, _ in dialogue[:-1])
+
+
+def test_translations_fit_each_other():
+    """Each template of a translation has the same slots in both languages, and each noun its measure word."""
+    data = tiny_dialogues.read("translations")
+    for english, chinese in data["sentences"]:
+        assert set(SLOT.findall(chinese)) - {"measure"} == set(SLOT.findall(english)) <= set(data["words"]), english
+        assert "<thing>" in chinese or "<measure>" not in chinese
+    assert all(len(row) == (3 if slot == "thing" else 2) for slot, rows in data["words"].items() for row in rows)
 
 
 def test_mistyped_queries_stay_readable():
@@ -306,7 +343,7 @@ def test_all_stages(tmp_path, monkeypatch):
     corpora.mkdir()
     for name in tiny.DIALOGUES | tiny.TEXTS:
         write_corpus(corpora, name, {"chatterbot_en": chats, "tatoeba_en_zh": pairs}.get(name, []))
-    for name in ("SMALL_TALK", "INTENT", "ROW", "STORIES", "POEMS", "MEMORIES"):
+    for name in ("SMALL_TALK", "INTENT", "ROW", "STORIES", "POEMS", "MEMORIES", "TRANSLATIONS"):
         monkeypatch.setattr(tiny_dialogues, name, 1)
     monkeypatch.setattr(tiny, "WORK", tmp_path / "build/tiny")
     monkeypatch.setattr(tiny, "LEAST_HELD_OUT", 1)

@@ -28,7 +28,7 @@ class Templates:
 
     def fill(self, template: str, values: dict[str, str]) -> str:
         """Returns a sentence from the template. Words that are drawn are added to `values`, for the next template."""
-        text = self.phrase(template, values)
+        text = self.phrase(template, values).strip()
         return text[:1].upper() + text[1:] if text[:1].isascii() else text
 
     def phrase(self, template: str, values: dict[str, str]) -> str:
@@ -51,7 +51,7 @@ class Templates:
 
     def talk(self, intent: dict, row: list[str] = ()) -> tuple[str, str]:
         """Returns a query and an answer of an intent with `queries` and `answers`; `<0>` is the first of a row, and so on."""
-        values = {str(i): text for i, text in enumerate(row)}
+        values = {str(i): self.phrase(text, {}) for i, text in enumerate(row)}
         return tuple(self.fill(self.rng.choice(intent[part]), values) for part in ("queries", "answers"))
 
 

@@ -38,7 +38,7 @@ from .data import DataArguments, PackedExamples, collator, encode, encode_dialog
 from .leaks import LeakFinder, read_prompts
 from .objective import IGNORED
 from .templates import SLOT, Templates
-from .tiny_dialogues import memories, poems, small_talk, stories, told
+from .tiny_dialogues import memories, poems, small_talk, stories, told, translations
 from .tiny_dialogues import read as read_talk
 
 
@@ -298,6 +298,9 @@ def make_dialogues(corpora: dict[str, list], rng: random.Random) -> list[dict]:
                 dialogues.append(rounds)
     templates = talk_templates(rng)
     short += small_talk(templates, rng)
+    for english, chinese in translations(templates, rng):
+        queries, source, target = rng.choice([(TO_CHINESE, english, chinese), (TO_ENGLISH, chinese, english)])
+        short.append((rng.choice(queries).format(source), target))
     for queries, answer in DENIALS:
         short += [(q.format(other), answer.format(name=NAME)) for q in queries for other in OTHERS for _ in range(6)]
     for queries, subjects, answer in BEYOND:

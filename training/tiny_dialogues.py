@@ -5,13 +5,21 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
-from .templates import Templates, mistyped
+from .templates import SLOT, Templates, mistyped
 
 
 TALK = Path(__file__).resolve().parent / "talk"
 # Copies of each query of small_talk.json, of each intent without rows, and of each row of the other intents; then how many
-# stories, poems and dialogues with memories are made in each language.
-SMALL_TALK, INTENT, ROW, STORIES, POEMS, MEMORIES = 16, 200, 40, 6000, 2500, 7000
+# stories, poems and dialogues with memories are made in each language, and how many translations.
+SMALL_TALK, INTENT, ROW, STORIES, POEMS, MEMORIES, TRANSLATIONS = 16, 200, 40, 6000, 2500, 7000, 16000
+COINED = 0.3  # of the words that users say about themselves
+COPIED = set("name petname color food fruit job country city sport 名字 小名 颜色 食物 水果 职业 城市 爱好".split())
+SYLLABLES = [consonant + vowel for consonant in "b ch d f g h j k l m n p r s sh t v w z".split() for vowel in "aeiou"]
+CHARACTERS = (
+    "安白宝北冰波采彩草晨成春聪翠大丹冬朵恩飞风芙福刚高歌谷光桂海寒好禾荷鹤红虹华欢辉吉佳嘉江杰金锦静菊君凯康可兰乐雷力丽莲亮林灵玲龙露"
+    "璐绿萌梦米妙明木南宁念暖品平奇千巧青晴秋然荣柔瑞若森山诗石书舒树双水思松苏桃天田甜亭彤团婉维文梧溪夏仙香祥晓笑心新星雪雅燕阳瑶野叶"
+    "一怡银樱迎咏勇优友雨玉钰圆远月云芸泽珍知志智中竹卓子紫"
+)
 
 Rounds = list[tuple[str, str]]
 
@@ -57,6 +65,32 @@ def poems(templates: Templates, rng: random.Random) -> Iterator[tuple[str, str]]
             yield mistyped(query, rng), "\n".join(lines)
 
 
+def translations(templates: Templates, rng: random.Random) -> Iterator[tuple[str, str]]:
+    """Returns sentences in English and in Chinese."""
+    data = read("translations")
+    for _ in range(TRANSLATIONS):
+        english, chinese = rng.choice(data["sentences"])
+        rows = {slot: rng.choice(data["words"][slot]) for slot in SLOT.findall(english)}
+        chinese_words = {slot: row[1] for slot, row in rows.items()}
+        if "thing" in rows:
+            chinese_words["measure"] = rows["thing"][2]
+        english_words = {slot: row[0] for slot, row in rows.items()}
+        yield templates.fill(english, english_words), templates.fill(chinese, chinese_words)
+
+
+def coined(like: str, rng: random.Random) -> str:
+    """Returns a word that does not exist, made like another one. It cannot be guessed, only copied."""
+    if like.isascii():
+        word = "".join(rng.sample(SYLLABLES, rng.choice([2, 2, 3]))) + rng.choice(["", "", "n", "l", "s", "x"])
+        return word.capitalize() if like[0].isupper() else word
+    first, second = rng.sample(CHARACTERS, 2)
+    if like[0] == like[-1]:
+        return first * 2
+    if like[0] in "小阿":
+        return like[0] + first
+    return first + second + ("色" if like[-1] == "色" else "")
+
+
 def memories(templates: Templates, others: Rounds, rng: random.Random) -> Iterator[Rounds]:
     """Returns dialogues in which users say something about themselves and, after rounds of `others`, ask for it."""
     for kinds in read("memories").values():
@@ -64,6 +98,9 @@ def memories(templates: Templates, others: Rounds, rng: random.Random) -> Iterat
             facts = rng.sample(kinds, rng.choice([1, 1, 2, 2, 3]))
             values, rounds, asks = {}, [], []
             for fact in facts:
+                for slot in SLOT.findall(fact["answer"][0]):
+                    if slot in COPIED and rng.random() < COINED:
+                        values[slot] = coined(rng.choice(templates.words[slot]), rng)
                 rounds.append(told(templates, fact, values, rng))
                 rounds += rng.sample(others, rng.choice([0, 0, 1]))
                 asks.append([templates.fill(rng.choice(fact[part]), values) for part in ("ask", "answer")])
