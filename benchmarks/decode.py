@@ -75,6 +75,7 @@ def compare(precision: str, args) -> dict:
     read = weight_bytes(ours.model) / 1e9
     result = {
         "layers": layers,
+        "rounds": args.rounds,
         "load_seconds": ours.load_seconds,
         "anonymous_gb": ours.memory,
         "weights_gb": sum(p.nbytes for p in ours.model.parameters()) / 1e9,
@@ -107,7 +108,7 @@ def main():
     if args.quick:
         args.layers = args.rounds = 1
         args.prompt, args.tokens = 32, 4
-    result = {"prompt": args.prompt, "tokens": args.tokens, "rounds": args.rounds}
+    result = {"prompt": args.prompt, "tokens": args.tokens}
     for precision in args.precisions:
         result[precision] = compare(precision, args)
     report(result, args.output)
