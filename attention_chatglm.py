@@ -88,8 +88,8 @@ def attend_to_all(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, s
     """
     _, kv_heads, heads, head_dim = query.shape
     kind = (f"attention of one token with {kv_heads * heads} heads of {head_dim} on {kv_heads}", query.dtype)
-    sample = (query[:1], key[:1, :, :LONG], value[:1, :, :LONG], scaling)
-    path = fastest_path(kind, PATHS, lambda: itertools.repeat(sample))
+    sample = lambda: (query[:1], key[:1, :, :LONG], value[:1, :, :LONG], scaling)  # noqa: E731
+    path = fastest_path(kind, PATHS, lambda: itertools.repeat(sample()))
     return PATHS[path](query, key, value, scaling)
 
 

@@ -8,7 +8,7 @@ import functools
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import nn
@@ -154,6 +154,13 @@ def cpu_path(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: i
 
     The environment variable `CHATGLM_CPU_PATH` takes precedence over what was measured.
     """
+    paths = CPU_PATHS
+    if scale.dtype not in SCALE_TYPES or not cpu_library():
+        paths = {name: path for name, path in CPU_PATHS.items() if name != "compiled"}
+    if forced := forced_path(paths):
+        return forced
+    if weight.numel() < MEASURED_SIZE:
+        return "compiled" if "compiled" in paths else "float32"
     groups = scale.numel() // len(scale)
     kind = (
         f"INT{bits}",
@@ -161,16 +168,15 @@ def cpu_path(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: i
         x.dtype,
         rows_kind(x),
     )
-    paths = CPU_PATHS
-    if scale.dtype not in SCALE_TYPES or not cpu_library():
-        paths = {name: path for name, path in CPU_PATHS.items() if name != "compiled"}
-    if forced := os.environ.get("CHATGLM_CPU_PATH"):
-        if forced not in paths:
-            raise ValueError(f"CHATGLM_CPU_PATH must be one of {', '.join(paths)}, got {forced!r}.")
-        return forced
-    if weight.numel() < MEASURED_SIZE:
-        return "compiled" if "compiled" in paths else "float32"
     return fastest_path(kind, paths, lambda: ((*pieces, bits) for pieces in samples(x, weight, scale)))
+
+
+def forced_path(paths: Iterable[str]) -> str | None:
+    """Returns what `CHATGLM_CPU_PATH` says, if anything. Raises `ValueError` if it is none of `paths`."""
+    forced = os.environ.get("CHATGLM_CPU_PATH")
+    if forced and forced not in paths:
+        raise ValueError(f"CHATGLM_CPU_PATH must be one of {', '.join(paths)}, got {forced!r}.")
+    return forced or None
 
 
 def measured_rows(x: torch.Tensor) -> int:
@@ -194,16 +200,14 @@ def samples(x: torch.Tensor, *weights: torch.Tensor) -> Iterator[tuple[torch.Ten
 
 def fastest_path(kind: tuple, paths: dict[str, Callable], samples: Callable[[], Iterator[tuple]]) -> str:
     """
-    Returns which of `paths` is fastest for a kind of multiplication, measured at first use with the arguments that the
-    iterator yields which `samples` returns.
+    Returns which of `paths` is fastest for a kind of multiplication, measured at first use. `samples` returns an iterator
+    over the arguments of each call that is measured.
 
     The choice is kept for the process and, beside the compiled library, for the next ones. The environment variable
     `CHATGLM_CPU_PATH` takes precedence, if there is such a path for the kind.
     """
     if kind not in chosen_paths:
-        forced = os.environ.get("CHATGLM_CPU_PATH")
-        if forced and forced not in ALL_PATHS:
-            raise ValueError(f"CHATGLM_CPU_PATH must be one of {', '.join(ALL_PATHS)}, got {forced!r}.")
+        forced = forced_path(ALL_PATHS)
         chosen_paths[kind] = forced if forced in paths else kept_or_measured(", ".join(map(str, kind)), paths, samples)
     return chosen_paths[kind]
 

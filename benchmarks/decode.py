@@ -6,7 +6,8 @@ Measures loading, prefill and decoding in the ChatGLM2-6B shape on the CPU, and 
 
 Weights are random. The systems take turns and generate greedily from the same number of tokens, with the same number of threads.
 The figures are medians over the rounds, and their ratios. Each round measures a plain read of memory too, which decoding can
-hardly be faster than, and the matrix multiplications alone. Unquantized weights have 6 of the 28 layers, as all would take up to 25 GB.
+hardly be faster than, and the matrix multiplications alone. Unquantized weights have 6 of the 28 layers, as all would take up
+to 25 GB.
 
 ik_llama.cpp is not on PyPI; build it with its default flags: `cmake -B build -DGGML_NATIVE=ON`, `cmake --build build`.
 """

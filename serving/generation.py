@@ -215,7 +215,10 @@ class OneByOne(Engine):
             options = dict(do_sample=True, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k)
             options["min_p"] = sampling.min_p or None
         # The generator is everybody's: without a new seed, the answers after a seeded one would be the same each time.
-        torch.seed() if sampling.seed is None else torch.manual_seed(sampling.seed)
+        if sampling.seed is None:
+            torch.seed()
+        else:
+            torch.manual_seed(sampling.seed)
         input_ids = torch.tensor([prompt], device=self.model.device)
         output = self.model.generate(
             input_ids,

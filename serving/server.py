@@ -393,10 +393,9 @@ def build_app(service: Service) -> FastAPI:
             app.openapi_schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
             kinds = [(ChatRequest, "validation"), (TextRequest, "validation")]
             schemas = models_json_schema(kinds, ref_template=REFERENCE)[1]["$defs"]
-            for operation in (
-                operation for path in app.openapi_schema["paths"].values() for operation in path.values()
-            ):
-                operation["responses"].pop("422", None)  # FastAPI's own, which never comes
+            for path in app.openapi_schema["paths"].values():
+                for operation in path.values():
+                    operation["responses"].pop("422", None)  # FastAPI's own, which never comes
             components = app.openapi_schema.setdefault("components", {})
             components.setdefault("schemas", {}).update(schemas)
             components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}

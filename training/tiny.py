@@ -93,6 +93,8 @@ TO_ENGLISH = [
     "What does “{}” mean in English?", "“{}”用英语怎么讲？", "“{}”的英文是什么？", "请把这句译成英文：{}", "英语：{}",
     "Please translate “{}” into English.", "帮我翻译成英语：{}", "English for “{}”?", "这句话英语怎么说：{}",
 ]  # fmt: skip
+# The queries, and which parts of a row are the sentence and its translation
+DIRECTIONS = [(TO_CHINESE, "en", "zh"), (TO_ENGLISH, "zh", "en")]
 NEXT_LINE = [
     "“{}”的下一句是什么？", "{}，下一句是什么？", "请接下一句：{}", "下一句：{}", "{}的下一句", "“{}”后面是什么？", "“{}”后一句是什么",
     "你知道“{}”的下一句吗？", "{}，后面呢？", "接着背：{}", "“{}”接下来是什么",
@@ -207,7 +209,7 @@ def to_text(name: str, row: dict, rng: random.Random) -> str:
 def to_rounds(name: str, row: dict, rng: random.Random) -> list[tuple[str, str]]:
     """Returns the dialogue in a row; empty if there is none."""
     if name == "tatoeba_en_zh":
-        queries, source, target = rng.choice([(TO_CHINESE, "en", "zh"), (TO_ENGLISH, "zh", "en")])
+        queries, source, target = rng.choice(DIRECTIONS)
         return [(rng.choice(queries).format(row[source]), row[target])] if len(row["en"]) <= 50 else []
     if name == "tinystories_en":
         if len(row["text"]) > 1000:
@@ -298,9 +300,9 @@ def make_dialogues(corpora: dict[str, list], rng: random.Random) -> list[dict]:
                 dialogues.append(rounds)
     templates = talk_templates(rng)
     short += small_talk(templates, rng)
-    for english, chinese in translations(templates, rng):
-        queries, source, target = rng.choice([(TO_CHINESE, english, chinese), (TO_ENGLISH, chinese, english)])
-        short.append((rng.choice(queries).format(source), target))
+    for row in translations(templates, rng):
+        queries, source, target = rng.choice(DIRECTIONS)
+        short.append((rng.choice(queries).format(row[source]), row[target]))
     for queries, answer in DENIALS:
         short += [(q.format(other), answer.format(name=NAME)) for q in queries for other in OTHERS for _ in range(6)]
     for queries, subjects, answer in BEYOND:

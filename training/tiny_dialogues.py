@@ -65,8 +65,8 @@ def poems(templates: Templates, rng: random.Random) -> Iterator[tuple[str, str]]
             yield mistyped(query, rng), "\n".join(lines)
 
 
-def translations(templates: Templates, rng: random.Random) -> Iterator[tuple[str, str]]:
-    """Returns sentences in English and in Chinese."""
+def translations(templates: Templates, rng: random.Random) -> Iterator[dict[str, str]]:
+    """Sentences, each in English (`en`) and in Chinese (`zh`)."""
     data = read("translations")
     for _ in range(TRANSLATIONS):
         english, chinese = rng.choice(data["sentences"])
@@ -75,7 +75,7 @@ def translations(templates: Templates, rng: random.Random) -> Iterator[tuple[str
         if "thing" in rows:
             chinese_words["measure"] = rows["thing"][2]
         english_words = {slot: row[0] for slot, row in rows.items()}
-        yield templates.fill(english, english_words), templates.fill(chinese, chinese_words)
+        yield {"en": templates.fill(english, english_words), "zh": templates.fill(chinese, chinese_words)}
 
 
 def coined(like: str, rng: random.Random) -> str:
