@@ -381,9 +381,13 @@ def test_measuring(kernels, monkeypatch):
 
 @pytest.mark.parametrize("rows, measured", [(1, 1), (3, 4), (5, 16), (16, 16), (17, 128), (300, 128)])
 def test_samples(kernels, rows, measured):
-    """As many rows whichever call comes first, and other pieces of the weight in each turn."""
+    """As many rows whichever call comes first, and other pieces of the weight in each turn, all of one size."""
     x, weight, scale, _ = random_case(kernels, 4, 2500, 64, rows=rows)
     found = list(islice(kernels.samples(x, weight, scale), 4))
     assert all(torch.equal(y, x[torch.arange(measured) % rows]) for y, _, _ in found)
-    for (_, part, part_scale), start in zip(found, (0, 1024, 2048, 0), strict=True):
+    for (_, part, part_scale), start in zip(found, (0, 1024, 0, 1024), strict=True):
         assert torch.equal(part, weight[start : start + 1024]) and torch.equal(part_scale, scale[start : start + 1024])
+    for out in (33, 1024, 2048):  # of a small weight, all
+        _, weight, scale, _ = random_case(kernels, 4, out, 64)
+        sizes = {len(part) for _, part, _ in islice(kernels.samples(x, weight, scale), 4)}
+        assert sizes == {min(out, 1024)}
