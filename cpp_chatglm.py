@@ -1,12 +1,13 @@
-"""The C++ for CPUs: quantized and half-precision matrix multiplication, and attention of one token.
+"""The C++ for CPUs: quantized and half-precision matrix multiplication, attention of one token, and what lies between them.
 
 Remote code is loaded from Python files alone, so the C++ stands here as text. How it is compiled and called is in
 quantization_cpu.py.
 """
 
 CPP_SOURCE = r"""
-// In this order: numbers and buffers; y = x * weight^T for weights in half precision; attention; y = x * weight^T for weights
-// in INT8 or INT4, with a scale for each row or each group of columns; many rows times weights in half precision.
+// In this order: numbers and buffers; y = x * weight^T for weights in half precision; attention; norm, rotation and
+// activation; y = x * weight^T for weights in INT8 or INT4, with a scale for each row or each group of columns; many rows times
+// weights in half precision.
 //
 // For INT8 and INT4, activations are quantized to INT8 in blocks of 32 columns, so that an outlier spoils no more than its
 // block, and multiplied as integers: vpdpbusd or vpmaddubsw take unsigned weights and signed activations, so `offset` is
@@ -384,6 +385,36 @@ void attention(const Attention &a) {
       for (int64_t k = 0; k < a.columns; k++)
         a.y[(i / blocks * a.heads + first + lane) * a.columns + k] = total.values[k][lane] / total.sum[lane];
   }
+}
+
+// ---- Between the matrix multiplications. All is in float32.
+
+// y = x * weight / sqrt(mean of x^2 + eps)
+void rms_norm(const float *x, const float *weight, float *y, int64_t columns, float eps) {
+  float squares = 0;
+#pragma omp simd reduction(+ : squares)
+  for (int64_t k = 0; k < columns; k++) squares += x[k] * x[k];
+  const float factor = 1 / std::sqrt(squares / columns + eps);
+#pragma omp simd
+  for (int64_t k = 0; k < columns; k++) y[k] = x[k] * factor * weight[k];
+}
+
+// Rotates pairs of columns; `sin` is negated for the first of each.
+void rotate(const float *x, const float *cos, const float *sin, float *y, int64_t columns) {
+  for (int64_t k = 0; k < columns; k += 2) {
+    y[k] = x[k] * cos[k] + x[k + 1] * sin[k];
+    y[k + 1] = x[k + 1] * cos[k + 1] + x[k] * sin[k + 1];
+  }
+}
+
+// y = gate / (1 + e^-gate) * up
+inline INLINE void swiglu(const float *gate, const float *up, float *y, int64_t columns) {
+  Wide g = {}, u = {};
+  memcpy(&g, gate, columns * sizeof(float));
+  memcpy(&u, up, columns * sizeof(float));
+  const Wide e = exponential(g < 0 ? g : -g);
+  const Wide result = g * (g < 0 ? e : 1.0f + Wide{}) / (1.0f + e) * u;
+  memcpy(y, &result, columns * sizeof(float));
 }
 
 // What the instruction set has to offer: vectors of `lanes` 32-bit numbers, and the product of bytes, four to a lane.
@@ -990,6 +1021,32 @@ extern "C" int chatglm_attention(const float *query, const void *key, const void
     return 1;
   }
   return 0;
+}
+
+extern "C" void chatglm_rms_norm(const float *x, const float *weight, float *y, int64_t rows, int64_t columns, float eps) {
+  for (int64_t i = 0; i < rows; i++) rms_norm(x + i * columns, weight, y + i * columns, columns, eps);
+}
+
+// y is [batch, heads, length, columns], and so is x, but for its strides. cos and sin are [batch, length, columns]; with
+// angle_stride 0, the same for the whole batch.
+extern "C" void chatglm_rotate(const float *x, const float *cos, const float *sin, float *y, int64_t batch, int64_t heads,
+                               int64_t length, int64_t columns, int64_t batch_stride, int64_t head_stride, int64_t stride,
+                               int64_t angle_stride) {
+  for (int64_t b = 0; b < batch; b++)
+    for (int64_t h = 0; h < heads; h++)
+      for (int64_t i = 0; i < length; i++, y += columns) {
+        const int64_t angles = b * angle_stride + i * columns;
+        rotate(x + b * batch_stride + h * head_stride + i * stride, cos + angles, sin + angles, y, columns);
+      }
+}
+
+// x is [rows, 2 * columns], gate and up.
+extern "C" void chatglm_swiglu(const float *x, float *y, int64_t rows, int64_t columns) {
+  for (int64_t i = 0; i < rows; i++, x += 2 * columns, y += columns) {
+    int64_t k = 0;
+    for (; k + WIDE <= columns; k += WIDE) swiglu(x + k, x + columns + k, y + k, WIDE);
+    swiglu(x + k, x + columns + k, y + k, columns - k);
+  }
 }
 
 extern "C" int chatglm_dequantize(const int8_t *weight, const void *scale, int scale_type, void *y, int y_type,

@@ -41,13 +41,14 @@ from .configuration_chatglm import ChatGLMConfig
 # Unused here, as the others marked F401: until 5.16, the library copies only those files of a folder that this one imports.
 from .configuration_checks_chatglm import ConfigurationChecks  # noqa: F401
 from .cpp_chatglm import CPP_SOURCE  # noqa: F401
+from .fused_chatglm import fused_on_cpu
 from .generation_chatglm import ChatGLMGenerationMixin
 from .linear_chatglm import choose_linear  # noqa: F401
 from .loading_chatglm import ChatGLMLoadingMixin
 from .prefix_chatglm import PrefixEncoder, uncover_prefix
 from .quantization import init_quantized
 from .quantization_calibration import quantize  # noqa: F401
-from .quantization_cpu import cpu_linear  # noqa: F401
+from .quantization_cpu import cpu_rms_norm, cpu_rotate, cpu_swiglu
 from .quantization_gpu import gpu_linear  # noqa: F401
 from .quantization_kernels import quantized_linear  # noqa: F401
 from .streaming_chatglm import TokenStreamer  # noqa: F401
@@ -118,6 +119,7 @@ def drop_inv_freq(module: RotaryEmbedding, state_dict: dict, prefix: str, *args)
     state_dict.pop(f"{prefix}inv_freq", None)
 
 
+@fused_on_cpu(cpu_rotate)
 def apply_rotary_pos_emb(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotates the pairs (0, 1), (2, 3), ... of channels of `x`, `[batch, heads, seq, head_dim]`."""
     x_swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
@@ -133,14 +135,19 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
-        # Unlike LLaMA's, the weight multiplies before the downcast.
-        x, weight = hidden_states.to(dtype), self.weight.to(dtype)
-        if torch.jit.is_tracing():  # for torch's legacy ONNX export, which does not know rms_norm
-            normed = weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
-        else:
-            normed = nn.functional.rms_norm(x, weight.shape, weight, self.eps)
-        return normed.to(hidden_states.dtype)
+        return rms_norm(hidden_states, self.weight, self.eps)
+
+
+@fused_on_cpu(cpu_rms_norm)
+def rms_norm(hidden_states: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+    # Unlike LLaMA's, the weight multiplies before the downcast.
+    x, weight = hidden_states.to(dtype), weight.to(dtype)
+    if torch.jit.is_tracing():  # for torch's legacy ONNX export, which does not know rms_norm
+        normed = weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    else:
+        normed = nn.functional.rms_norm(x, weight.shape, weight, eps)
+    return normed.to(hidden_states.dtype)
 
 
 def eager_attention_forward(
@@ -264,8 +271,13 @@ class MLP(nn.Module):
         self.dense_4h_to_h = nn.Linear(config.ffn_hidden_size, config.hidden_size, bias=bias)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        gate, up = self.dense_h_to_4h(hidden_states).chunk(2, dim=-1)
-        return self.dense_4h_to_h(nn.functional.silu(gate) * up)
+        return self.dense_4h_to_h(swiglu(self.dense_h_to_4h(hidden_states)))
+
+
+@fused_on_cpu(cpu_swiglu)
+def swiglu(gate_and_up: torch.Tensor) -> torch.Tensor:
+    gate, up = gate_and_up.chunk(2, dim=-1)
+    return nn.functional.silu(gate) * up
 
 
 def build_norm(config: ChatGLMConfig) -> nn.Module:

@@ -205,6 +205,11 @@ def cpu_library() -> ctypes.CDLL | None:
         library.chatglm_half_linear.restype = None
         library.chatglm_half_matmul.argtypes = [pointer] * 2 + [number, pointer] + [size] * 3 + [number]
         library.chatglm_attention.argtypes = [pointer] * 3 + [number, pointer] + [size] * 6 + [number]
+        library.chatglm_rms_norm.argtypes = [pointer] * 3 + [size] * 2 + [ctypes.c_float]
+        library.chatglm_rotate.argtypes = [pointer] * 4 + [size] * 8
+        library.chatglm_swiglu.argtypes = [pointer] * 2 + [size] * 2
+        for function in (library.chatglm_rms_norm, library.chatglm_rotate, library.chatglm_swiglu):
+            function.restype = None
         library.chatglm_dequantize.argtypes = [pointer] * 2 + [number, pointer, number] + [size] * 3 + [number] * 2
         return library
     # RuntimeError: no home; ValueError: CXX with an open quotation
@@ -311,6 +316,41 @@ def cpu_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, s
     if failed:
         raise MemoryError(f"Not enough memory to attend to {length} tokens.")
     return output.to(query.dtype)
+
+
+def cpu_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMS normalization of x, `[..., columns]`, computed in float32."""
+    dtype, shape, columns = x.dtype, x.shape, x.shape[-1]
+    x, weight = x.float().contiguous(), weight.float().contiguous()
+    output = torch.empty(shape)
+    cpu_library().chatglm_rms_norm(
+        x.data_ptr(), weight.data_ptr(), output.data_ptr(), x.numel() // columns, columns, eps
+    )
+    return output.to(dtype)
+
+
+def cpu_rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """
+    Rotary position embedding, computed in float32: x `[batch, heads, length, columns]`, cos and sin `[batch or 1, length,
+    columns]`, the sine of the first column of each pair negated.
+    """
+    dtype, x, cos, sin = x.dtype, x.float(), cos.float().contiguous(), sin.float().contiguous()
+    if x.stride(3) != 1:
+        x = x.contiguous()
+    output = torch.empty(x.shape)
+    cpu_library().chatglm_rotate(
+        x.data_ptr(), cos.data_ptr(), sin.data_ptr(), output.data_ptr(), *x.shape, *x.stride()[:3],
+        cos.stride(0) if len(cos) > 1 else 0,
+    )  # fmt: skip
+    return output.to(dtype)
+
+
+def cpu_swiglu(x: torch.Tensor) -> torch.Tensor:
+    """`silu(gate) * up` for x `[..., 2 * columns]`, gate and up, computed in float32."""
+    dtype, columns = x.dtype, x.shape[-1] // 2
+    x, output = x.float().contiguous(), torch.empty(*x.shape[:-1], columns)
+    cpu_library().chatglm_swiglu(x.data_ptr(), output.data_ptr(), x.numel() // x.shape[-1], columns)
+    return output.to(dtype)
 
 
 def cpu_dequantize(weight: torch.Tensor, scale: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor:

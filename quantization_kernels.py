@@ -27,7 +27,13 @@ FEW_ROWS = 16  # of activations: up to so many, reading the weight from memory i
 
 def is_traced(x: torch.Tensor) -> bool:
     """Whether operations on it are recorded, by torch.compile or another, so that its data is not to be touched."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) not in (torch.Tensor, nn.Parameter)
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) not in (torch.Tensor, nn.Parameter):
+        return True
+    try:
+        x.data_ptr()
+    except RuntimeError:  # within torch.func.vmap and its like there is none
+        return True
+    return False
 
 
 def needs_gradients(*tensors: torch.Tensor) -> bool:

@@ -101,7 +101,17 @@ def chatglm():
         modeling=modeling,
         **{
             name: sys.modules[f"{modeling.__package__}.{name}_chatglm"]
-            for name in ("attention", "cache", "checks", "compat", "generation", "linear", "loading", "streaming")
+            for name in (
+                "attention",
+                "cache",
+                "checks",
+                "compat",
+                "fused",
+                "generation",
+                "linear",
+                "loading",
+                "streaming",
+            )
         },
         quantization=sys.modules[f"{modeling.__package__}.quantization"],
         calibration=sys.modules[f"{modeling.__package__}.quantization_calibration"],

@@ -67,7 +67,7 @@ def build(request, fresh, monkeypatch, cache):
 def test_each_build(kernels, build):
     """
     Quantized activations: no more error than rounding in blocks of 32 explains, so that an outlier spoils no more than its
-    block. Half precision and attention: no more than that of float32.
+    block. All else: no more than that of float32.
     """
     for bits, (x, weight, scale, exact) in all_cases(kernels):
         error = (kernels.quantized_linear(x, weight, scale, bits).double() - x.double() @ exact.T).abs()
@@ -84,6 +84,11 @@ def test_each_build(kernels, build):
         )
         error = build.cpu_attention(query, key, value, 0.2).double() - exact
         assert error.abs().max() < 1e-5 + torch.finfo(dtype).eps * exact.abs().max()
+    x, weight = torch.randn(3, 250), torch.randn(250)
+    torch.testing.assert_close(
+        build.cpu_rms_norm(x, weight, 1e-5), torch.nn.functional.rms_norm(x, (250,), weight, 1e-5)
+    )
+    torch.testing.assert_close(build.cpu_swiglu(x), torch.nn.functional.silu(x[:, :125]) * x[:, 125:])
 
 
 def test_few_and_many_rows_agree(kernels):
