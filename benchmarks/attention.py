@@ -1,12 +1,13 @@
 """
 Measures the time that attention adds to a decoding step as the context grows, in the ChatGLM2-6B shape on the CPU: for this
-model, for the same without multi-query attention (32 key-value heads), for `GlmForCausalLM` of Transformers, and for llama.cpp.
+model, for the same without multi-query attention (32 key-value heads), for `GlmForCausalLM` of Transformers, for llama.cpp
+and, with `--ik`, for ik_llama.cpp (see benchmarks/decode.py).
 
     python -m benchmarks.attention --output build/attention.json
 
 Only attention depends on the context, so two layers show what each adds; `decode_ms` is a measured step of INT4 with all 28
-layers and a short context (llama.cpp's Q4_0 likewise), plus 28 times that. Caches are filled with random numbers,
-llama.cpp's by a prompt; the systems take turns.
+layers and a short context (Q4_0 likewise), plus 28 times that. Caches are filled with random numbers, those of llama.cpp and
+ik_llama.cpp by a prompt; the systems take turns.
 """
 
 import statistics
@@ -17,7 +18,7 @@ from transformers import AutoConfig, AutoModel, DynamicCache, GlmConfig, GlmForC
 from common.package import ROOT, module_of
 
 from .measure import in_turn, options, report, seconds
-from .systems import LlamaCpp, Ours, gguf_file, is_installed, random_prompt
+from .systems import IkLlamaCpp, LlamaCpp, Ours, add_ik, gguf_file, is_installed, random_prompt
 
 
 # Sizes that attention does not depend on are small, for the step to be mostly attention.
@@ -79,8 +80,22 @@ class LlamaCppAtLength(LlamaCpp):
         return 2 * 2 * 128 * 2  # float16, keys and values of two groups
 
 
+class IkLlamaCppAtLength(IkLlamaCpp):
+    """ik_llama.cpp, which runs a prompt before each measurement."""
+
+    cache_bytes = LlamaCppAtLength.cache_bytes
+
+    def fill(self, positions: int):
+        self.positions = positions
+
+    def step_seconds(self, steps: int) -> float:
+        """Mean seconds, as llama-bench gives no median."""
+        return 1 / self.bench("-p", "0", "-gp", f"{self.positions},{steps}")[0]["avg_ts"]
+
+
 def main():
     parser = options(__doc__, rounds=3)
+    add_ik(parser)
     parser.add_argument("--positions", type=int, nargs="*", default=[512, 2048, 8192, 32000])
     parser.add_argument("--steps", type=int, default=32)
     args = parser.parse_args()
@@ -97,6 +112,9 @@ def main():
         for name, flash in (("llama.cpp", False), ("llama.cpp, flash attention", True)):
             systems[name] = LlamaCppAtLength(gguf_file(args.work, layers, "Q4_0", **SMALL), longest, flash)
             bases[name] = LlamaCpp(gguf_file(args.work, base_layers, "Q4_0"), 256, flash)
+    if args.ik:
+        systems["ik_llama.cpp"] = IkLlamaCppAtLength(args.ik, gguf_file(args.work, layers, "Q4_0", **SMALL))
+        bases["ik_llama.cpp"] = IkLlamaCpp(args.ik, gguf_file(args.work, base_layers, "Q4_0"))
 
     short = random_prompt(16)
     base_runs = {name: lambda system=system: system.run(short, args.steps)[1] for name, system in bases.items()}

@@ -14,12 +14,11 @@ ik_llama.cpp is not on PyPI; build it with its default flags: `cmake -B build -D
 
 import statistics
 import sys
-from pathlib import Path
 
 import torch
 
 from .measure import in_turn, options, read_bandwidth, report, seconds
-from .systems import Glm, IkLlamaCpp, LlamaCpp, Ours, gguf_file, is_installed, random_prompt
+from .systems import Glm, IkLlamaCpp, LlamaCpp, Ours, add_ik, gguf_file, is_installed, random_prompt
 
 
 PRECISIONS = {
@@ -102,10 +101,8 @@ def main():
     parser.add_argument("--precisions", nargs="*", choices=PRECISIONS, default=list(PRECISIONS))
     parser.add_argument("--prompt", type=int, default=512, help="tokens")
     parser.add_argument("--tokens", type=int, default=24, help="tokens to generate")
-    parser.add_argument("--ik", type=Path, metavar="PATH", help="ik_llama.cpp's llama-bench, to measure it too")
+    add_ik(parser)
     args = parser.parse_args()
-    if args.ik and not args.ik.is_file():
-        parser.error(f"--ik: there is no {args.ik}. Pass the path of ik_llama.cpp's llama-bench.")
     if args.quick:
         args.layers = args.rounds = 1
         args.prompt, args.tokens = 32, 4

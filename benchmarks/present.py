@@ -14,8 +14,8 @@ from common.package import ROOT
 
 
 # Okabe and Ito's colours, which the colour-blind tell apart; lines have different markers too
-OURS, PEER, OTHERS = "#0072b2", "#999999", ["#e69f00", "#009e73", "#cc79a7", "#d55e00"]
-MARKERS = "osD^v"
+OURS, PEER, OTHERS = "#0072b2", "#999999", ["#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9"]
+MARKERS = "osD^vP"
 DPI = 200
 
 
@@ -119,7 +119,7 @@ def attention_text(figures: dict) -> str:
             for row in figures["rows"]
         ]
         text += "\n\nMilliseconds of a decoding step with 28 layers in INT4, computed from this, and the share that attention adds:\n\n"
-        text += table(["positions", *base, "ratio to the faster"], rows)
+        text += table(["positions", *base, "ratio to the fastest"], rows)
     return text
 
 
@@ -482,7 +482,9 @@ def compared(machines: list[dict[str, dict]]) -> list[tuple]:
             if row["positions"] > 8000 and "decode_ratio" in row:
                 label = f"INT4, decoding at {row['positions']:,} positions (computed from 2 layers)"
                 speed = f"{1000 / row['this']['decode_ms']:.1f} tokens/s"
-                rows.append((row["decode_ratio"], "long", label, speed, "llama.cpp", figures["attention"]))
+                peers = {name: row[name]["decode_ms"] for name in figures["attention"]["base_ms"] if name != "this"}
+                peer = min(peers, key=peers.get)
+                rows.append((row["decode_ratio"], "long", label, speed, peer, figures["attention"]))
         if "rounds" in figures:
             last = figures["rounds"]["rows"][-1]
             label = f"first token of the next round after {last['history_tokens']:,} tokens"

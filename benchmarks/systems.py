@@ -1,5 +1,6 @@
 """What is measured: this package, and its peers. Each runs a prompt and goes on from it, greedily."""
 
+import argparse
 import importlib.util
 import json
 import os
@@ -125,14 +126,26 @@ class IkLlamaCpp:
         self.command = [str(program), "-m", str(path), "-t", str(torch.get_num_threads()), "-o", "json"]
         self.command += ["-rtr", "1", "-fa", "1", "-r", "1", "-n", "0"]
 
+    def bench(self, *arguments: str) -> list[dict]:
+        return json.loads(subprocess.run([*self.command, *arguments], stdout=subprocess.PIPE, check=True).stdout)
+
     def run(self, prompt: list[int], tokens: int) -> tuple[float, float]:
         """Returns what `Ours.run` does. The mean of the next tokens, as llama-bench gives no median."""
         n = len(prompt)
-        output = subprocess.run(
-            [*self.command, "-p", str(n), "-gp", f"{n},{tokens}"], stdout=subprocess.PIPE, check=True
-        ).stdout
-        prefill, decode = json.loads(output)
+        prefill, decode = self.bench("-p", str(n), "-gp", f"{n},{tokens}")
         return n / prefill["avg_ts"], 1 / decode["avg_ts"]
+
+
+def add_ik(parser: argparse.ArgumentParser):
+    parser.add_argument(
+        "--ik", type=existing_file, metavar="PATH", help="ik_llama.cpp's llama-bench, to measure it too"
+    )
+
+
+def existing_file(path: str) -> Path:
+    if not Path(path).is_file():
+        raise argparse.ArgumentTypeError(f"there is no {path}. Pass the path of ik_llama.cpp's llama-bench.")
+    return Path(path)
 
 
 def paged_cache(prompts: list[list[int]], tokens: int) -> ContinuousBatchingConfig:
