@@ -9,6 +9,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -152,6 +153,9 @@ MEASURED_SIZE = 1 << 20  # numbers in a weight; a smaller one takes little time 
 # Rows of activations that are measured in place of as many or fewer; in place of more, the last
 MEASURED_ROWS = (1, 4, 16, 128)
 chosen_paths: dict[tuple, str] = {}
+BUSY = 0.1  # of the time of a measurement that a thread waited for a CPU: beyond, the choice is not sure
+PROVISIONAL_SECONDS = 10
+provisional_paths: dict[tuple, tuple[str, float]] = {}  # choices that are not sure, and until when they hold
 
 
 def cpu_path(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int) -> str:
@@ -210,23 +214,55 @@ def fastest_path(kind: tuple, paths: dict[str, Callable], samples: Callable[[], 
     Returns which of `paths` is fastest for a kind of multiplication, measured at first use. `samples` returns an iterator
     over the arguments of each call that is measured.
 
-    The choice is kept for the process and, beside the compiled library, for the next ones. The environment variable
-    `CHATGLM_CPU_PATH` takes precedence, if there is such a path for the kind.
+    The choice is kept for the process and, beside the compiled library, for the next ones; but not if the machine was so busy
+    that it may be wrong: then it is made again some seconds later. The environment variable `CHATGLM_CPU_PATH` takes
+    precedence, if there is such a path for the kind.
     """
     if kind not in chosen_paths:
+        path, until = provisional_paths.get(kind, ("", 0.0))
         forced = forced_path(ALL_PATHS)
-        chosen_paths[kind] = forced if forced in paths else kept_or_measured(", ".join(map(str, kind)), paths, samples)
+        if forced not in paths and time.monotonic() < until:
+            return path
+        path, is_sure = (
+            (forced, True) if forced in paths else kept_or_measured(", ".join(map(str, kind)), paths, samples)
+        )
+        if not is_sure:
+            provisional_paths[kind] = path, time.monotonic() + PROVISIONAL_SECONDS
+            return path
+        chosen_paths[kind] = path
     return chosen_paths[kind]
 
 
-def kept_or_measured(kind: str, paths: dict[str, Callable], samples: Callable[[], Iterator[tuple]]) -> str:
+def kept_or_measured(kind: str, paths: dict[str, Callable], samples: Callable[[], Iterator[tuple]]) -> tuple[str, bool]:
+    """Returns the path, and whether the choice is sure."""
     kept = kept_choices()
-    if kept.get(kind) not in paths:
-        seconds = measure(paths, samples())
-        kept[kind] = min(seconds, key=seconds.get)
-        logger.info(f"{kind}: {', '.join(f'{path} {1000 * s:.2f} ms' for path, s in seconds.items())}.")
-        keep_choices(kept)
-    return kept[kind]
+    if kept.get(kind) in paths:
+        return kept[kind], True
+    before, start = waits(), time.perf_counter()
+    seconds = measure(paths, samples())
+    busy = longest_wait(before) > BUSY * (time.perf_counter() - start)
+    told = ", ".join(f"{path} {1000 * s:.2f} ms" for path, s in seconds.items())
+    logger.info(f"{kind}: {told}{', while other programs took the CPU' if busy else ''}.")
+    path = min(seconds, key=seconds.get)
+    if busy:  # each call took as long as the others' turn
+        return ("compiled" if "compiled" in paths else path), False
+    kept[kind] = path
+    keep_choices(kept)
+    return path, True
+
+
+def waits() -> dict[str, int]:
+    """Returns the nanoseconds that each thread of this process has waited for a CPU; nothing where the system does not say."""
+    try:
+        tasks = list(Path("/proc/self/task").iterdir())
+        return {task.name: int((task / "schedstat").read_text().split()[1]) for task in tasks}
+    except (OSError, ValueError, IndexError):
+        return {}
+
+
+def longest_wait(before: dict[str, int]) -> float:
+    """Returns the seconds that one thread waited since then."""
+    return max((now - before.get(thread, 0) for thread, now in waits().items()), default=0) / 1e9
 
 
 def measure(paths: dict[str, Callable], samples: Iterator[tuple]) -> dict[str, float]:

@@ -1,6 +1,10 @@
 """Multiplication by quantized weights, by every path, against float64."""
 
+import inspect
+import subprocess
+import sys
 from itertools import count, islice, product
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -330,6 +334,46 @@ def test_choices_that_cannot_be_kept(kernels, choosing, tmp_path):
     for _ in range(2):
         assert kernels.cpu_path(x, weight, scale, 4) == "float32"
     assert len(measured) == 3 and not list((tmp_path / "chatglm2").iterdir())
+
+
+def test_choices_of_a_busy_machine_are_made_again(kernels, choosing, tmp_path, monkeypatch):
+    """Where threads wait for a CPU, each call takes as long as the others' turn, whatever is called."""
+    x, weight, scale, _ = random_case(kernels, 4, 64, 256, rows=20)
+    now, waited = [100.0], count(step=50_000_000)  # nanoseconds
+    monkeypatch.setattr(kernels, "time", SimpleNamespace(perf_counter=lambda: 0.0, monotonic=lambda: now[0]))
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "waits", lambda: {"1": 0, "2": next(waited)})
+        measured = choosing("float32")
+        for _ in range(3):
+            assert kernels.cpu_path(x, weight, scale, 4) == "compiled"
+        assert len(measured) == len(kernels.CPU_PATHS) and not list((tmp_path / "chatglm2").iterdir())
+        now[0] += 11
+        assert kernels.cpu_path(x, weight, scale, 4) == "compiled"
+        assert len(measured) == 2 * len(kernels.CPU_PATHS)
+    assert kernels.cpu_path(x, weight, scale, 4) == "compiled"
+    now[0] += 11
+    assert kernels.cpu_path(x, weight, scale, 4) == "float32"
+    assert '"float32"' in chosen_file(tmp_path).read_text()
+
+
+@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="the system does not say who waited")
+def test_waits_for_a_cpu_are_seen(kernels):
+    """Of a process that shares one CPU with another one."""
+    code = f"""
+import os, subprocess, sys, time
+from pathlib import Path
+os.sched_setaffinity(0, {{min(os.sched_getaffinity(0))}})
+{inspect.getsource(kernels.waits)}
+{inspect.getsource(kernels.longest_wait)}
+before = waits()
+other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+end = time.monotonic() + 1
+while time.monotonic() < end: pass
+other.kill()
+print(longest_wait(before))
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(run.stdout) > 0.1
 
 
 def test_small_weights_are_not_measured(kernels, choosing, monkeypatch):
