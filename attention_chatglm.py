@@ -13,6 +13,7 @@ from .quantization_kernels import fastest_path, is_traced, needs_gradients
 
 
 LONG = 512  # positions; attention to fewer is a small part of a step
+SCORES = 1 << 20  # of a block of queries: 4 MB in float32
 
 
 def can_use_grouped_sdpa(query: torch.Tensor, attention_mask: torch.Tensor | None, kwargs: dict) -> bool:
@@ -62,10 +63,85 @@ def grouped_sdpa_forward(
     is_causal = (module.is_causal if is_causal is None else is_causal) and attention_mask is None
     if is_causal and key.shape[2] > q_len:  # an empty static cache, whose rest is masked
         key, value = key[:, :, :q_len], value[:, :, :q_len]
+    if is_causal and q_len >= LONG and can_choose(query, key, value) and dropout == 0:
+        return attend_causally(query, key, value, scaling), None
     output = nn.functional.scaled_dot_product_attention(
         query, key, value, is_causal=is_causal, enable_gqa=module.num_key_value_groups > 1, **options
     )
     return output.transpose(1, 2).contiguous(), None
+
+
+def can_choose(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    return (
+        query.device.type == "cpu"
+        and not is_traced(query)
+        and not needs_gradients(query, key, value)
+        and query.dtype == key.dtype == value.dtype
+        and query.dtype in SCALE_TYPES
+    )
+
+
+# Prompts
+
+
+def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
+    """Torch's own."""
+    output = nn.functional.scaled_dot_product_attention(
+        query, key, value, scale=scaling, is_causal=True, enable_gqa=query.shape[1] > key.shape[1]
+    )
+    return output.transpose(1, 2).contiguous()
+
+
+def causal_attention_by_blocks(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """
+    As matrix products of so many queries at a time that their scores stay in the cache. Products are in the dtype of `query`,
+    but float16, which CPUs multiply slowly, is in float32; so is softmax.
+    """
+    batch, heads, length, head_dim = query.shape
+    groups, output = key.shape[1], query.new_empty(batch, length, heads, head_dim)
+    dtype = torch.float32 if query.dtype == torch.float16 else query.dtype
+    # The query heads that share a key-value head become rows of one matrix.
+    folded, key, value = query.to(dtype).unflatten(1, (groups, -1)), key.to(dtype), value.to(dtype)
+    start = 0
+    while start < length:
+        end = min(length, start + max(1, SCORES // (batch * heads * length)))
+        rows = folded[:, :, :, start:end].flatten(2, 3)
+        scores = torch.matmul(rows, key[:, :, :end].transpose(2, 3)).float().mul_(scaling)
+        later = torch.ones(end - start, end - start, dtype=torch.bool).triu(1)
+        scores.unflatten(2, (-1, end - start))[..., start:].masked_fill_(later, -torch.inf)
+        weights = nn.functional.softmax(scores, dim=-1).to(dtype)
+        part = torch.matmul(weights, value[:, :, :end])
+        output[:, start:end] = part.view(batch, heads, end - start, head_dim).transpose(1, 2)
+        start = end
+    return output
+
+
+CAUSAL_PATHS = {"torch": causal_attention, "blocks": causal_attention_by_blocks}
+
+
+def attend_causally(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
+    """
+    Attention of each of at least `LONG` positions to those up to it, in the faster way on this CPU, measured at first use.
+
+    Measured on two cores of an AMD EPYC (Zen 5), 32 heads on 2, in turn: the blocks are 1.6 times (float32), 3.2 to 4.0 times
+    (bfloat16) and 2.9 times (float16) as fast at 512 positions, and 1.1, 2.7 and 1.4 times at 2,048.
+
+    Args:
+        query: `[batch, heads, length, head_dim]`.
+        key, value: `[batch, kv_heads, length, head_dim]`.
+
+    Returns:
+        `[batch, length, heads, head_dim]`.
+    """
+    kind = f"attention of many tokens with {query.shape[1]} heads of {query.shape[3]} on {key.shape[1]}", query.dtype
+    sample = lambda: (*(states[:1, :, :LONG] for states in (query, key, value)), scaling)  # noqa: E731
+    path = fastest_path(kind, CAUSAL_PATHS, lambda: itertools.repeat(sample()))
+    return CAUSAL_PATHS[path](query, key, value, scaling)
+
+
+# One token
 
 
 def torch_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
@@ -109,10 +185,7 @@ def can_use_compiled(
         key.shape[2] >= LONG
         and attention_mask is None
         and dropout == 0
-        and not is_traced(query)
-        and not needs_gradients(query, key, value)
-        and query.dtype == key.dtype == value.dtype
-        and query.dtype in SCALE_TYPES
+        and can_choose(query, key, value)
         and head_dim % 16 == 0
         and head_dim <= 256
         and key.stride() == value.stride()

@@ -1023,7 +1023,9 @@ extern "C" int chatglm_attention(const float *query, const void *key, const void
   return 0;
 }
 
-extern "C" void chatglm_rms_norm(const float *x, const float *weight, float *y, int64_t rows, int64_t columns, float eps) {
+extern "C" void chatglm_rms_norm(const float *x, const float *weight, float *y, int64_t rows, int64_t columns, float eps,
+                                 int threads) {
+#pragma omp parallel for num_threads(threads) if (rows > 1)
   for (int64_t i = 0; i < rows; i++) rms_norm(x + i * columns, weight, y + i * columns, columns, eps);
 }
 
@@ -1031,21 +1033,26 @@ extern "C" void chatglm_rms_norm(const float *x, const float *weight, float *y, 
 // angle_stride 0, the same for the whole batch.
 extern "C" void chatglm_rotate(const float *x, const float *cos, const float *sin, float *y, int64_t batch, int64_t heads,
                                int64_t length, int64_t columns, int64_t batch_stride, int64_t head_stride, int64_t stride,
-                               int64_t angle_stride) {
+                               int64_t angle_stride, int threads) {
+#pragma omp parallel for collapse(2) num_threads(threads) if (length > 1)
   for (int64_t b = 0; b < batch; b++)
     for (int64_t h = 0; h < heads; h++)
-      for (int64_t i = 0; i < length; i++, y += columns) {
+      for (int64_t i = 0; i < length; i++) {
         const int64_t angles = b * angle_stride + i * columns;
-        rotate(x + b * batch_stride + h * head_stride + i * stride, cos + angles, sin + angles, y, columns);
+        rotate(x + b * batch_stride + h * head_stride + i * stride, cos + angles, sin + angles,
+               y + ((b * heads + h) * length + i) * columns, columns);
       }
 }
 
 // x is [rows, 2 * columns], gate and up.
-extern "C" void chatglm_swiglu(const float *x, float *y, int64_t rows, int64_t columns) {
-  for (int64_t i = 0; i < rows; i++, x += 2 * columns, y += columns) {
+extern "C" void chatglm_swiglu(const float *x, float *y, int64_t rows, int64_t columns, int threads) {
+#pragma omp parallel for num_threads(threads) if (rows > 1)
+  for (int64_t i = 0; i < rows; i++) {
+    const float *gate = x + 2 * i * columns, *up = gate + columns;
+    float *to = y + i * columns;
     int64_t k = 0;
-    for (; k + WIDE <= columns; k += WIDE) swiglu(x + k, x + columns + k, y + k, WIDE);
-    swiglu(x + k, x + columns + k, y + k, columns - k);
+    for (; k + WIDE <= columns; k += WIDE) swiglu(gate + k, up + k, to + k, WIDE);
+    swiglu(gate + k, up + k, to + k, columns - k);
   }
 }
 

@@ -1,4 +1,4 @@
-"""What lies between the matrix multiplications, for a few tokens on CPUs: one call of the compiled library for each."""
+"""What lies between the matrix multiplications, on CPUs: one call of the compiled library for each."""
 
 import functools
 from collections.abc import Callable
@@ -9,13 +9,15 @@ from .quantization_cpu import SCALE_TYPES, cpu_library
 from .quantization_kernels import is_traced
 
 
-MOST_NUMBERS = 32768  # beyond, torch's operations take several threads (its GRAIN_SIZE), and the compiled ones take one
+MOST_HALVES = (
+    32768  # numbers in half precision: to convert more to float32 and back takes longer than torch's operations
+)
 
 
 def fused_on_cpu(kernel: Callable) -> Callable:
     """
-    A decorator for functions of tensors that take torch several operations: without gradients, and with so few numbers that
-    the operations' own time is most of it, `kernel` is called instead.
+    A decorator for functions of tensors that take torch several operations, each of which reads and writes all numbers: without
+    gradients, `kernel` is called instead.
     """
 
     def decorate(function: Callable) -> Callable:
@@ -29,7 +31,8 @@ def fused_on_cpu(kernel: Callable) -> Callable:
 
 
 def can_fuse(x: torch.Tensor, *args) -> bool:
-    if torch.is_grad_enabled() or is_traced(x) or not 0 < x.numel() <= MOST_NUMBERS or cpu_library() is None:
+    is_worth_it = x.dtype == torch.float32 or x.numel() <= MOST_HALVES
+    if torch.is_grad_enabled() or is_traced(x) or x.numel() == 0 or not is_worth_it or cpu_library() is None:
         return False
     for tensor in (x, *args):
         if isinstance(tensor, torch.Tensor) and (tensor.device.type != "cpu" or tensor.dtype not in SCALE_TYPES):

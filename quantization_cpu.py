@@ -205,9 +205,9 @@ def cpu_library() -> ctypes.CDLL | None:
         library.chatglm_half_linear.restype = None
         library.chatglm_half_matmul.argtypes = [pointer] * 2 + [number, pointer] + [size] * 3 + [number]
         library.chatglm_attention.argtypes = [pointer] * 3 + [number, pointer] + [size] * 6 + [number]
-        library.chatglm_rms_norm.argtypes = [pointer] * 3 + [size] * 2 + [ctypes.c_float]
-        library.chatglm_rotate.argtypes = [pointer] * 4 + [size] * 8
-        library.chatglm_swiglu.argtypes = [pointer] * 2 + [size] * 2
+        library.chatglm_rms_norm.argtypes = [pointer] * 3 + [size] * 2 + [ctypes.c_float, number]
+        library.chatglm_rotate.argtypes = [pointer] * 4 + [size] * 8 + [number]
+        library.chatglm_swiglu.argtypes = [pointer] * 2 + [size] * 2 + [number]
         for function in (library.chatglm_rms_norm, library.chatglm_rotate, library.chatglm_swiglu):
             function.restype = None
         library.chatglm_dequantize.argtypes = [pointer] * 2 + [number, pointer, number] + [size] * 3 + [number] * 2
@@ -324,7 +324,13 @@ def cpu_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Ten
     x, weight = x.float().contiguous(), weight.float().contiguous()
     output = torch.empty(shape)
     cpu_library().chatglm_rms_norm(
-        x.data_ptr(), weight.data_ptr(), output.data_ptr(), x.numel() // columns, columns, eps
+        x.data_ptr(),
+        weight.data_ptr(),
+        output.data_ptr(),
+        x.numel() // columns,
+        columns,
+        eps,
+        torch.get_num_threads(),
     )
     return output.to(dtype)
 
@@ -340,7 +346,7 @@ def cpu_rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
     output = torch.empty(x.shape)
     cpu_library().chatglm_rotate(
         x.data_ptr(), cos.data_ptr(), sin.data_ptr(), output.data_ptr(), *x.shape, *x.stride()[:3],
-        cos.stride(0) if len(cos) > 1 else 0,
+        cos.stride(0) if len(cos) > 1 else 0, torch.get_num_threads(),
     )  # fmt: skip
     return output.to(dtype)
 
@@ -349,7 +355,9 @@ def cpu_swiglu(x: torch.Tensor) -> torch.Tensor:
     """`silu(gate) * up` for x `[..., 2 * columns]`, gate and up, computed in float32."""
     dtype, columns = x.dtype, x.shape[-1] // 2
     x, output = x.float().contiguous(), torch.empty(*x.shape[:-1], columns)
-    cpu_library().chatglm_swiglu(x.data_ptr(), output.data_ptr(), x.numel() // x.shape[-1], columns)
+    cpu_library().chatglm_swiglu(
+        x.data_ptr(), output.data_ptr(), x.numel() // x.shape[-1], columns, torch.get_num_threads()
+    )
     return output.to(dtype)
 
 

@@ -206,7 +206,10 @@ def samples(x: torch.Tensor, *weights: torch.Tensor) -> Iterator[tuple[torch.Ten
     x = x[torch.arange(measured_rows(x)) % len(x)]
     while True:
         for start in range(0, max(1, len(weights[0]) - CHUNK_ROWS + 1), CHUNK_ROWS):
-            yield (x, *(weight[start : start + CHUNK_ROWS] for weight in weights))
+            pieces = [weight[start : start + CHUNK_ROWS] for weight in weights]
+            for piece in pieces:  # a number of each page: at first use, most of a weight is in the file only
+                piece.flatten()[:: 4096 // piece.element_size()].sum()
+            yield (x, *pieces)
 
 
 def fastest_path(kind: tuple, paths: dict[str, Callable], samples: Callable[[], Iterator[tuple]]) -> str:

@@ -1,4 +1,4 @@
-"""Attention of one token by the compiled library: right for every shape that it takes, and taken only where it can be."""
+"""Attention on CPUs: each way is right for every shape that it takes, and taken only where it can be and is fastest."""
 
 import itertools
 from types import SimpleNamespace
@@ -121,3 +121,59 @@ def test_on_gpus_one_token_with_a_mask(chatglm):
     ]:
         query = SimpleNamespace(device=torch.device("cuda"), shape=(1, 4, length, 8))
         assert can_use(query, attention_mask, kwargs) == expected
+
+
+# Prompts
+
+
+def prompt_states(batch, kv_heads, heads, length, head_dim, dtype):
+    generator = torch.Generator().manual_seed(length + heads)
+    shapes = [(batch, n, length, head_dim) for n in (heads, kv_heads, kv_heads)]
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scores", [1, 5000, 1 << 20])
+def test_prompts_against_float64(attention, monkeypatch, dtype, scores):
+    """In blocks of one query, of several, and all at once."""
+    monkeypatch.setattr(attention, "SCORES", scores)
+    for batch, kv_heads, heads, length, head_dim in [(1, 2, 32, 70, 128), (2, 2, 6, 33, 16), (1, 3, 3, 1, 48)]:
+        given = prompt_states(batch, kv_heads, heads, length, head_dim, dtype)
+        exact = nn.functional.scaled_dot_product_attention(
+            *(g.double() for g in given), is_causal=True, scale=0.1, enable_gqa=True
+        ).transpose(1, 2)
+        for name, path in attention.CAUSAL_PATHS.items():
+            y = path(*given, 0.1)
+            assert y.dtype == dtype and y.shape == (batch, length, heads, head_dim), name
+            # Weights may be rounded to the dtype, and are 1 together.
+            bound = 2 * torch.finfo(dtype).eps * (exact.abs() + given[2].abs().max()) + 1e-5
+            assert ((y.double() - exact).abs() <= bound).all(), name
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_what_is_not_finite_does_not_reach_earlier_positions(attention, broken):
+    query, key, value = prompt_states(1, 2, 4, 70, 16, torch.float32)
+    key[0, 1, 40] = broken
+    for name, path in attention.CAUSAL_PATHS.items():
+        y = path(query, key, value, 0.25)
+        assert y[0, :40].isfinite().all() and y[0, :, :2].isfinite().all() and not y[0, 40:, 2:].isfinite().any(), name
+
+
+@pytest.mark.parametrize("path", ["blocks", "torch"])
+def test_a_prompt_takes_the_fastest_path(attention, small_model, choosing, monkeypatch, path):
+    model = small_model(seq_length=1024, kv_channels=16)
+    ids = torch.randint(0, model.config.padded_vocab_size, (2, 600), generator=torch.Generator().manual_seed(0))
+    called = []
+    for name, function in attention.CAUSAL_PATHS.items():
+        spy = lambda *args, name=name, function=function: (called.append(name), function(*args))[1]  # noqa: E731
+        monkeypatch.setitem(attention.CAUSAL_PATHS, name, spy)
+    choosing(path)
+    with torch.no_grad():
+        logits = model(ids).logits
+        model(ids[:, :500])
+        model.config._attn_implementation = "eager"
+        torch.testing.assert_close(logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+    assert called == [path] * model.config.num_layers
+    model.config._attn_implementation = "sdpa"
+    model(ids)  # gradients are wanted
+    assert len(called) == model.config.num_layers
