@@ -26,6 +26,9 @@ CPP_SOURCE = r"""
 #if defined(_OPENMP)
 extern "C" int omp_get_thread_num(void);  // macOS has no omp.h
 #endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace {
 
@@ -122,6 +125,15 @@ struct Buffer {
   Buffer(const Buffer &) = delete;
   operator T *() const { return data; }
 };
+
+// Has the system give memory that was never used in pages of 2 MB, where it can: for the outputs of a prompt, page faults of 4 KB
+// take as long as a tenth of the product.
+void prefer_large_pages(void *data, int64_t size) {
+#if defined(MADV_HUGEPAGE)
+  const uintptr_t page = 4096, begin = ((uintptr_t)data + page - 1) / page * page, end = ((uintptr_t)data + size) / page * page;
+  if (size >= 8 << 20) madvise((void *)begin, end - begin, MADV_HUGEPAGE);
+#endif
+}
 
 // A part for each thread. Allocated before they start: what one of them throws would end the process.
 template <class T>
@@ -966,6 +978,7 @@ void linear(const Problem &p) {
 extern "C" int chatglm_linear(const float *x, const int8_t *weight, const void *scale, int scale_type, float *y,
                               int64_t rows, int64_t out, int64_t in, int64_t groups, int bits, int threads) {
   const Problem p = {x, weight, scale, scale_type, y, rows, out, in, groups, bits, threads};
+  prefer_large_pages(y, rows * out * sizeof(float));
   try {
     bits == 4 ? linear<4>(p) : linear<8>(p);
   } catch (const std::bad_alloc &) {
@@ -996,6 +1009,7 @@ extern "C" int chatglm_has_half_matmul() {
 extern "C" int chatglm_half_matmul(const uint16_t *x, const uint16_t *weight, int type, uint16_t *y, int64_t rows,
                                    int64_t out, int64_t in, int threads) {
 #if defined(CHATGLM_BFLOAT16)
+  prefer_large_pages(y, rows * out * sizeof(uint16_t));
   try {
     if (type == FLOAT16)
       ManyRowsHalf<FLOAT16>::run(x, weight, y, rows, out, in, threads);
@@ -1046,6 +1060,7 @@ extern "C" void chatglm_rotate(const float *x, const float *cos, const float *si
 
 // x is [rows, 2 * columns], gate and up.
 extern "C" void chatglm_swiglu(const float *x, float *y, int64_t rows, int64_t columns, int threads) {
+  prefer_large_pages(y, rows * columns * sizeof(float));
 #pragma omp parallel for num_threads(threads) if (rows > 1)
   for (int64_t i = 0; i < rows; i++) {
     const float *gate = x + 2 * i * columns, *up = gate + columns;

@@ -91,6 +91,18 @@ def test_each_build(kernels, build):
     torch.testing.assert_close(build.cpu_swiglu(x), torch.nn.functional.silu(x[:, :125]) * x[:, 125:])
 
 
+def test_outputs_of_many_megabytes(kernels, cpu):
+    """The system is asked for large pages there."""
+    x, weight, scale, exact = random_case(kernels, 8, 40_000, 32, rows=70)
+    y = kernels.CPU_PATHS["compiled"](x, weight, scale, 8)
+    assert ((y.double() - x.double() @ exact.T).abs() <= 1.001 * rounding_bound(x, exact) + 1e-5).all()
+    gate, up = x.repeat(10, 300).chunk(2, dim=1)
+    torch.testing.assert_close(cpu.cpu_swiglu(x.repeat(10, 300)), torch.nn.functional.silu(gate) * up)
+    if cpu.has_half_matmul():
+        x, weight = x.bfloat16(), exact.bfloat16().repeat(2, 1)
+        torch.testing.assert_close(cpu.cpu_half_matmul(x, weight), x @ weight.T, rtol=2e-2, atol=2e-2)
+
+
 def test_few_and_many_rows_agree(kernels):
     """Decoding and prefill round activations alike: integer sums are exact, so a cache holds what a prompt would."""
     for bits in (4, 8):
