@@ -31,10 +31,12 @@ def fused_on_cpu(kernel: Callable) -> Callable:
 
 
 def can_fuse(x: torch.Tensor, *args) -> bool:
-    is_worth_it = x.dtype == torch.float32 or x.numel() <= MOST_HALVES
-    if torch.is_grad_enabled() or is_traced(x) or x.numel() == 0 or not is_worth_it or cpu_library() is None:
-        return False
-    for tensor in (x, *args):
-        if isinstance(tensor, torch.Tensor) and (tensor.device.type != "cpu" or tensor.dtype not in SCALE_TYPES):
-            return False
-    return True
+    tensors = (x, *(arg for arg in args if isinstance(arg, torch.Tensor)))
+    return (
+        not torch.is_grad_enabled()
+        and not is_traced(x)  # before its size, which a traced program would then depend on
+        and all(tensor.device.type == "cpu" and tensor.dtype in SCALE_TYPES for tensor in tensors)
+        and (x.dtype == torch.float32 or x.numel() <= MOST_HALVES)
+        and x.numel() > 0
+        and cpu_library() is not None
+    )

@@ -95,13 +95,14 @@ def test_torch_where_the_compiled_library_cannot(chatglm, fused, called, monkeyp
     operation(*given)  # gradients may be wanted
     with torch.no_grad():
         operation(*arguments(name, torch.float64))
-        operation(*(g.to("meta") if isinstance(g, torch.Tensor) else g for g in given))
         operation(*arguments(name, torch.float32, length=0))
         operation(*arguments(name, torch.bfloat16, length=1000))
         torch.func.vmap(lambda x: operation(x, *given[1:]))(given[0][None])
         with monkeypatch.context() as patch:
             patch.setattr(fused, "cpu_library", lambda: None)
             operation(*given)
+            patch.setattr(fused, "cpu_library", lambda: pytest.fail("There is nothing to compile for other devices."))
+            operation(*(g.to("meta") if isinstance(g, torch.Tensor) else g for g in given))
         assert not called
         operation(*given)
     assert called == [name]
