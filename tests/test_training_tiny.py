@@ -121,7 +121,7 @@ def test_recalled(tiny_tokenizer, monkeypatch, remembered, expected):
 
 def test_card(tmp_path):
     stage = {"rows": 25701, "epochs": 4, "steps": 2572, "tokens": 13_700_000}
-    report = {"pretraining": stage, "fine_tuning": stage, "parameters": 19_573_120}
+    report = {"pretraining": stage, "fine_tuning": stage, "second_fine_tuning": stage, "parameters": 19_573_120}
     forms = {"float32": 12.5, "INT8": 12.7}
     report["held_out"] = {f: {"tatoeba_en_zh": {"dialogues": 429, "perplexity": p}} for f, p in forms.items()}
     report["recalled"] = {"0": 98.0, "1024": 12.0}
@@ -137,7 +137,7 @@ def test_card(tmp_path):
         text = path.read_text(encoding="utf-8")
         assert text.startswith("before\n<!--") and text.endswith("-->\nafter\n") and "old" not in text
         assert "| 0 | 1024 |\n|---|---|\n| 98.0 | 12.0 |" in text
-        assert "| tatoeba_en_zh | 429 | 12.5 | 12.7 |" in text and text.count("25,701") == 2
+        assert "| tatoeba_en_zh | 429 | 12.5 | 12.7 |" in text and text.count("25,701") == 3
         assert "\n70 answers fit, as judged by a reader" in text and "| 7 | 7 |" in text
     (tmp_path / "samples.md").write_text("other answers")
     tiny.card(tmp_path)
@@ -275,8 +275,9 @@ def test_templates():
 
 def test_coined_words_are_made_like_others():
     rng = random.Random(0)
+    words = tiny.talk_templates(rng).words
     coined = {
-        like: {tiny_dialogues.coined(like, rng) for _ in range(50)}
+        like: {tiny_dialogues.coined(like, words, rng) for _ in range(50)}
         for like in ("red", "Max", "毛毛", "小明", "红色", "苹果")
     }
     assert all(len(words) > 20 for words in coined.values())
@@ -361,6 +362,11 @@ def test_all_stages(tmp_path, monkeypatch):
     config = str(ROOT / "training/configs/tiny_{}.yaml")
     pretrain.main(["--config", config.format("pretrain"), *few])
     sft.main(["--config", config.format("sft"), *few, "--lr_scheduler_kwargs", '{"num_decay_steps": 1}'])
+    tiny.main(["average"])
+    weights = [tiny.load(tiny.WORK / name)[0].state_dict() for name in ("pretrain", "sft", "average")]
+    for pretrained, tuned, mean in zip(*(w.values() for w in weights), strict=True):
+        torch.testing.assert_close(mean, 0.3 * pretrained + 0.7 * tuned)
+    sft.main(["--config", config.format("polish"), *few, "--lr_scheduler_kwargs", '{"num_decay_steps": 1}'])
     tiny.main(["publish", "--corpora", str(corpora), "--output", str(output)])
     stored = json.loads((output / "config.json").read_text())["quantization_config"]
     assert stored["bits"] == 8 and stored["quantize_embeddings"]

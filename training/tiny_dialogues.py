@@ -11,15 +11,10 @@ from .templates import SLOT, Templates, mistyped
 TALK = Path(__file__).resolve().parent / "talk"
 # Copies of each query of small_talk.json, of each intent without rows, and of each row of the other intents; then how many
 # stories, poems and dialogues with memories are made in each language, and how many translations.
-SMALL_TALK, INTENT, ROW, STORIES, POEMS, MEMORIES, TRANSLATIONS = 16, 200, 40, 6000, 2500, 7000, 16000
-COINED = 0.3  # of the words that users say about themselves
-COPIED = set("name petname color food fruit job country city sport 名字 小名 颜色 食物 水果 职业 城市 爱好".split())
+SMALL_TALK, INTENT, ROW, STORIES, POEMS, MEMORIES, TRANSLATIONS = 16, 200, 40, 6000, 3000, 8000, 16000
+COINED = 0.4  # of the words that users say about themselves
+COPIED = "name petname color food fruit job country city sport 名字 小名 颜色 食物 水果 职业 城市 爱好".split()
 SYLLABLES = [consonant + vowel for consonant in "b ch d f g h j k l m n p r s sh t v w z".split() for vowel in "aeiou"]
-CHARACTERS = (
-    "安白宝北冰波采彩草晨成春聪翠大丹冬朵恩飞风芙福刚高歌谷光桂海寒好禾荷鹤红虹华欢辉吉佳嘉江杰金锦静菊君凯康可兰乐雷力丽莲亮林灵玲龙露"
-    "璐绿萌梦米妙明木南宁念暖品平奇千巧青晴秋然荣柔瑞若森山诗石书舒树双水思松苏桃天田甜亭彤团婉维文梧溪夏仙香祥晓笑心新星雪雅燕阳瑶野叶"
-    "一怡银樱迎咏勇优友雨玉钰圆远月云芸泽珍知志智中竹卓子紫"
-)
 
 Rounds = list[tuple[str, str]]
 
@@ -78,12 +73,18 @@ def translations(templates: Templates, rng: random.Random) -> Iterator[dict[str,
         yield {"en": templates.fill(english, english_words), "zh": templates.fill(chinese, chinese_words)}
 
 
-def coined(like: str, rng: random.Random) -> str:
-    """Returns a word that does not exist, made like another one. It cannot be guessed, only copied."""
+def coined(like: str, words: dict[str, list[str]], rng: random.Random) -> str:
+    """
+    Returns a word for the place of another one that cannot be guessed, only copied: it does not exist, or means something
+    else. `words` are those of the templates.
+    """
+    copied = [word for slot in COPIED for word in words[slot] if word.isascii() == like.isascii() and word.isalpha()]
     if like.isascii():
         word = "".join(rng.sample(SYLLABLES, rng.choice([2, 2, 3]))) + rng.choice(["", "", "n", "l", "s", "x"])
+        if rng.random() < 0.5:
+            word = rng.choice(copied).lower()
         return word.capitalize() if like[0].isupper() else word
-    first, second = rng.sample(CHARACTERS, 2)
+    first, second = rng.sample(sorted(set("".join(copied))), 2)
     if like[0] == like[-1]:
         return first * 2
     if like[0] in "小阿":
@@ -100,7 +101,7 @@ def memories(templates: Templates, others: Rounds, rng: random.Random) -> Iterat
             for fact in facts:
                 for slot in SLOT.findall(fact["answer"][0]):
                     if slot in COPIED and rng.random() < COINED:
-                        values[slot] = coined(rng.choice(templates.words[slot]), rng)
+                        values[slot] = coined(rng.choice(templates.words[slot]), templates.words, rng)
                 rounds.append(told(templates, fact, values, rng))
                 rounds += rng.sample(others, rng.choice([0, 0, 1]))
                 asks.append([templates.fill(rng.choice(fact[part]), values) for part in ("ask", "answer")])
