@@ -153,6 +153,7 @@ MEASURED_SIZE = 1 << 20  # numbers in a weight; a smaller one takes little time 
 # Rows of activations that are measured in place of as many or fewer; in place of more, the last
 MEASURED_ROWS = (1, 4, 16, 128)
 chosen_paths: dict[tuple, str] = {}
+TIE = 1.1  # times the least time: no difference, as measurements go
 BUSY = 0.1  # of the time of a measurement that a thread waited for a CPU: beyond, the choice is not sure
 PROVISIONAL_SECONDS = 10
 provisional_paths: dict[tuple, tuple[str, float]] = {}  # choices that are not sure, and until when they hold
@@ -247,8 +248,12 @@ def kept_or_measured(kind: str, paths: dict[str, Callable], samples: Callable[[]
     told = ", ".join(f"{path} {1000 * s:.2f} ms" for path, s in seconds.items())
     logger.info(f"{kind}: {told}{', while other programs took the CPU' if busy else ''}.")
     path = min(seconds, key=seconds.get)
-    if busy:  # each call took as long as the others' turn
-        return ("compiled" if "compiled" in paths else path), False
+    # Memory is faster at some times than at others, and then other paths are limited by their arithmetic. On a busy machine, each
+    # call took as long as the others' turn.
+    if "compiled" in paths and (busy or seconds["compiled"] <= TIE * seconds[path]):
+        path = "compiled"
+    if busy:
+        return path, False
     kept[kind] = path
     keep_choices(kept)
     return path, True

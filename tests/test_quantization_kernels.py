@@ -338,6 +338,14 @@ def test_choices_that_cannot_be_kept(kernels, choosing, tmp_path):
     assert len(measured) == 3 and not list((tmp_path / "chatglm2").iterdir())
 
 
+@pytest.mark.parametrize("compiled, expected", [(1.09, "compiled"), (1.11, "bfloat16")])
+def test_ties_go_to_the_compiled_library(kernels, choosing, monkeypatch, compiled, expected):
+    x, weight, scale, _ = random_case(kernels, 4, 64, 256, rows=20)
+    choosing("bfloat16")
+    monkeypatch.setattr(kernels, "measure", lambda *_: {"compiled": compiled, "bfloat16": 1.0, "float32": 2.0})
+    assert kernels.cpu_path(x, weight, scale, 4) == expected
+
+
 def test_choices_of_a_busy_machine_are_made_again(kernels, choosing, tmp_path, monkeypatch):
     """Where threads wait for a CPU, each call takes as long as the others' turn, whatever is called."""
     x, weight, scale, _ = random_case(kernels, 4, 64, 256, rows=20)
