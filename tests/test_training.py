@@ -638,7 +638,7 @@ def test_yaml_and_command_line(start, data, tmp_path):
 @pytest.mark.parametrize("path", sorted((ROOT / "training/configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_configurations_are_understood(path, data, tmp_path, monkeypatch):
     """Each is read by its recipe, which reads the data, and then looks for its model."""
-    recipe = {"pretrain": pretrain, "sft": sft, "lora": lora, "qlora": lora, "ptuning": ptuning}
+    recipe = {"pretrain": pretrain, "sft": sft, "polish": sft, "lora": lora, "qlora": lora, "ptuning": ptuning}
     recipe = recipe[path.stem.removeprefix("tiny_")]
     file = data["texts" if recipe is pretrain else "pairs"]
     options = ["--config", str(path), "--bf16", "false", "--use_cpu", "--train_file", file]
