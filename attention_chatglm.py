@@ -65,10 +65,15 @@ def grouped_sdpa_forward(
         key, value = key[:, :, :q_len], value[:, :, :q_len]
     if is_causal and q_len >= LONG and can_choose(query, key, value) and dropout == 0:
         return attend_causally(query, key, value, scaling), None
+    return sdpa(query, key, value, is_causal=is_causal, **options), None
+
+
+def sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options) -> torch.Tensor:
+    """Torch's own attention, with heads that share keys and values, as `[batch, length, heads, head_dim]`."""
     output = nn.functional.scaled_dot_product_attention(
-        query, key, value, is_causal=is_causal, enable_gqa=module.num_key_value_groups > 1, **options
+        query, key, value, enable_gqa=query.shape[1] > key.shape[1], **options
     )
-    return output.transpose(1, 2).contiguous(), None
+    return output.transpose(1, 2).contiguous()
 
 
 def can_choose(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
@@ -85,11 +90,7 @@ def can_choose(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> b
 
 
 def causal_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
-    """Torch's own."""
-    output = nn.functional.scaled_dot_product_attention(
-        query, key, value, scale=scaling, is_causal=True, enable_gqa=query.shape[1] > key.shape[1]
-    )
-    return output.transpose(1, 2).contiguous()
+    return sdpa(query, key, value, scale=scaling, is_causal=True)
 
 
 def causal_attention_by_blocks(

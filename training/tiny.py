@@ -61,8 +61,8 @@ DIALOGUES = {
     "tinystories_en": 1, "poetry_zh": 1, "topical_chat_en": 0.6, "kdconv_zh": 1, "oasst1_zh": 0.5,
 }  # fmt: skip
 # Fine-tuning forgets what its data do not repeat; a mean of the weights before and after has most of what both know (Wortsman et
-# al. 2022, arXiv 2109.01903). The shares are those before: of the pretraining in what the last stage starts from, and of that in
-# what is published. With more, perplexity is lower and more answers are wrong.
+# al. 2022, arXiv 2109.01903). The last stage starts from a mean with this share of the pretraining; what is published is a mean
+# with that share of what the last stage started from. With more, perplexity is lower and more answers are wrong.
 PRETRAINED, STARTED = 0.3, 0.17
 RECALL_DISTANCES = 0, 128, 512, 1024  # tokens
 RECALLED_FACTS = 25  # for each distance and language
