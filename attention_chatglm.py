@@ -149,11 +149,7 @@ def torch_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
     return nn.functional.scaled_dot_product_attention(query, key, value, scale=scaling)
 
 
-def compiled_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
-    return cpu_attention(query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1), scaling).view(query.shape)
-
-
-PATHS = {"torch": torch_attention, "compiled": compiled_attention}
+PATHS = {"torch": torch_attention, "compiled": cpu_attention}
 
 
 def attend_to_all(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:

@@ -283,11 +283,12 @@ inline INLINE Wide exponential(Wide x) {
 }
 
 struct Attention {
-  const float *query;       // [kv_heads, heads, columns], scaled
+  const float *query;       // [kv_heads, heads, columns]
   const void *key, *value;  // [kv_heads, length, columns]
   float *y;                 // [kv_heads, heads, columns]
   int64_t kv_heads, heads, length, columns;
   int64_t head_stride, stride;  // of key and value, in numbers
+  float scaling;                // of the query
   int threads;
 };
 
@@ -361,7 +362,7 @@ void attention(const Attention &a) {
       for (int64_t lane = 0; lane < WIDE; lane++) {
         const int64_t head = std::min(i % blocks * WIDE + lane, a.heads - 1);
         const float *from = a.query + (i / blocks * a.heads + head) * a.columns;
-        for (int64_t k = 0; k < a.columns; k++) query[i * a.columns + k][lane] = from[k];
+        for (int64_t k = 0; k < a.columns; k++) query[i * a.columns + k][lane] = from[k] * a.scaling;
       }
 
     float *keys = scratch.mine(), *values = keys + KEYS * a.columns;
@@ -1025,8 +1026,8 @@ extern "C" int chatglm_half_matmul(const uint16_t *x, const uint16_t *weight, in
 // Returns 1 if there is not enough memory. `columns` is a multiple of 16, at most 256.
 extern "C" int chatglm_attention(const float *query, const void *key, const void *value, int type, float *y,
                                  int64_t kv_heads, int64_t heads, int64_t length, int64_t columns, int64_t head_stride,
-                                 int64_t stride, int threads) {
-  const Attention a = {query, key, value, y, kv_heads, heads, length, columns, head_stride, stride, threads};
+                                 int64_t stride, float scaling, int threads) {
+  const Attention a = {query, key, value, y, kv_heads, heads, length, columns, head_stride, stride, scaling, threads};
   try {
     if (type == FLOAT32) attention<FLOAT32>(a);
     if (type == FLOAT16) attention<FLOAT16>(a);

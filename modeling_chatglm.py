@@ -243,11 +243,11 @@ class SelfAttention(nn.Module):
             key = torch.cat((prefix[0].to(key.dtype), key), dim=2)
             value = torch.cat((prefix[1].to(value.dtype), value), dim=2)
 
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        if self.config._attn_implementation == "sdpa" and can_use_grouped_sdpa(query, attention_mask, kwargs):
+        implementation = self.config._attn_implementation
+        if implementation == "sdpa" and can_use_grouped_sdpa(query, attention_mask, kwargs):
             attention_interface = grouped_sdpa_forward
+        else:
+            attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         output, weights = attention_interface(
             self,
             query,

@@ -204,7 +204,7 @@ def cpu_library() -> ctypes.CDLL | None:
         library.chatglm_half_linear.argtypes = [pointer] * 2 + [number, pointer] + [size] * 3 + [number]
         library.chatglm_half_linear.restype = None
         library.chatglm_half_matmul.argtypes = [pointer] * 2 + [number, pointer] + [size] * 3 + [number]
-        library.chatglm_attention.argtypes = [pointer] * 3 + [number, pointer] + [size] * 6 + [number]
+        library.chatglm_attention.argtypes = [pointer] * 3 + [number, pointer] + [size] * 6 + [ctypes.c_float, number]
         library.chatglm_rms_norm.argtypes = [pointer] * 3 + [size] * 2 + [ctypes.c_float, number]
         library.chatglm_rotate.argtypes = [pointer] * 4 + [size] * 8 + [number]
         library.chatglm_swiglu.argtypes = [pointer] * 2 + [size] * 2 + [number]
@@ -256,10 +256,19 @@ def keep_choices(choices: dict[str, str]):
 # Calling. Shapes and dtypes must have been checked: C++ reads what it is told to.
 
 
+def as_float32(x: torch.Tensor) -> torch.Tensor:
+    """`x.float().contiguous()`. For one token, the two calls would take as long as what they are called for."""
+    return x if x.dtype == torch.float32 and x.is_contiguous() else x.float().contiguous()
+
+
+def as_dtype(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def cpu_linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
     """`x @ weight.T` for x `[rows, in]` by the compiled library, with activations in INT8 and sums in float32."""
     dtype, (rows, columns), out = x.dtype, x.shape, weight.shape[0]
-    x, weight, scale = x.float().contiguous(), weight.contiguous(), scale.contiguous()
+    x, weight, scale = as_float32(x), weight.contiguous(), scale.contiguous()
     output = torch.empty(rows, out)
     failed = cpu_library().chatglm_linear(
         x.data_ptr(), weight.data_ptr(), scale.data_ptr(), SCALE_TYPES[scale.dtype], output.data_ptr(),
@@ -267,18 +276,18 @@ def cpu_linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits:
     )  # fmt: skip
     if failed:
         raise MemoryError(f"Not enough memory to multiply {rows} rows. Pass fewer at a time (prefill_chunk_size).")
-    return output.to(dtype)
+    return as_dtype(output, dtype)
 
 
 def cpu_half_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`x @ weight.T` for a few rows of x, `[rows, in]`, and a weight in half precision, with products in float32."""
     dtype, (rows, columns), out = x.dtype, x.shape, weight.shape[0]
-    x, weight, output = x.float().contiguous(), weight.contiguous(), torch.empty(rows, out)
+    x, weight, output = as_float32(x), weight.contiguous(), torch.empty(rows, out)
     cpu_library().chatglm_half_linear(
         x.data_ptr(), weight.data_ptr(), SCALE_TYPES[weight.dtype], output.data_ptr(), rows, out, columns,
         torch.get_num_threads(),
     )  # fmt: skip
-    return output.to(dtype)
+    return as_dtype(output, dtype)
 
 
 def has_half_matmul() -> bool:
@@ -304,35 +313,29 @@ def cpu_half_matmul(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 def cpu_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
     """
-    Attention to all of `key` and `value`, `[kv_heads, length, head_dim]`, in the dtype of `query`, `[kv_heads, heads,
-    head_dim]`; sums are in float32. Both must have the strides of key, and head_dim must be a multiple of 16, at most 256.
+    Attention to all of `key` and `value`, `[batch, kv_heads, length, head_dim]`, in the dtype of `query`, `[batch, kv_heads,
+    heads, head_dim]`; sums are in float32. Both must have the strides of key, in which one sequence follows the other, and
+    head_dim must be a multiple of 16, at most 256.
     """
-    output, length = torch.empty(query.shape), key.shape[1]
-    scaled = query.float().contiguous() * scaling
+    dtype, (batch, kv_heads, heads, columns), length = query.dtype, query.shape, key.shape[2]
+    query, output = as_float32(query), torch.empty(query.shape)
     failed = cpu_library().chatglm_attention(
-        scaled.data_ptr(), key.data_ptr(), value.data_ptr(), SCALE_TYPES[key.dtype], output.data_ptr(),
-        *query.shape[:2], length, query.shape[2], key.stride(0), key.stride(1), torch.get_num_threads(),
+        query.data_ptr(), key.data_ptr(), value.data_ptr(), SCALE_TYPES[key.dtype], output.data_ptr(),
+        batch * kv_heads, heads, length, columns, key.stride(1), key.stride(2), scaling, torch.get_num_threads(),
     )  # fmt: skip
     if failed:
         raise MemoryError(f"Not enough memory to attend to {length} tokens.")
-    return output.to(query.dtype)
+    return as_dtype(output, dtype)
 
 
 def cpu_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """RMS normalization of x, `[..., columns]`, computed in float32."""
     dtype, shape, columns = x.dtype, x.shape, x.shape[-1]
-    x, weight = x.float().contiguous(), weight.float().contiguous()
-    output = torch.empty(shape)
+    x, weight, output = as_float32(x), as_float32(weight), torch.empty(shape)
     cpu_library().chatglm_rms_norm(
-        x.data_ptr(),
-        weight.data_ptr(),
-        output.data_ptr(),
-        x.numel() // columns,
-        columns,
-        eps,
-        torch.get_num_threads(),
+        x.data_ptr(), weight.data_ptr(), output.data_ptr(), x.numel() // columns, columns, eps, torch.get_num_threads()
     )
-    return output.to(dtype)
+    return as_dtype(output, dtype)
 
 
 def cpu_rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -340,7 +343,7 @@ def cpu_rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
     Rotary position embedding, computed in float32: x `[batch, heads, length, columns]`, cos and sin `[batch or 1, length,
     columns]`, the sine of the first column of each pair negated.
     """
-    dtype, x, cos, sin = x.dtype, x.float(), cos.float().contiguous(), sin.float().contiguous()
+    dtype, x, cos, sin = x.dtype, as_dtype(x, torch.float32), as_float32(cos), as_float32(sin)
     if x.stride(3) != 1:
         x = x.contiguous()
     output = torch.empty(x.shape)
@@ -348,17 +351,17 @@ def cpu_rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
         x.data_ptr(), cos.data_ptr(), sin.data_ptr(), output.data_ptr(), *x.shape, *x.stride()[:3],
         cos.stride(0) if len(cos) > 1 else 0, torch.get_num_threads(),
     )  # fmt: skip
-    return output.to(dtype)
+    return as_dtype(output, dtype)
 
 
 def cpu_swiglu(x: torch.Tensor) -> torch.Tensor:
     """`silu(gate) * up` for x `[..., 2 * columns]`, gate and up, computed in float32."""
     dtype, columns = x.dtype, x.shape[-1] // 2
-    x, output = x.float().contiguous(), torch.empty(*x.shape[:-1], columns)
+    x, output = as_float32(x), torch.empty(*x.shape[:-1], columns)
     cpu_library().chatglm_swiglu(
         x.data_ptr(), output.data_ptr(), x.numel() // x.shape[-1], columns, torch.get_num_threads()
     )
-    return output.to(dtype)
+    return as_dtype(output, dtype)
 
 
 def cpu_dequantize(weight: torch.Tensor, scale: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor:

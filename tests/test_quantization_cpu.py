@@ -78,7 +78,7 @@ def test_each_build(kernels, build):
             exact = rows.double() @ weight.double().T
             assert (build.cpu_half_linear(rows, weight).double() - exact).abs().max() < 1e-4
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        query, key, value = (torch.randn(2, n, 48).to(dtype) for n in (17, 1100, 1100))
+        query, key, value = (torch.randn(1, 2, n, 48).to(dtype) for n in (17, 1100, 1100))
         exact = torch.nn.functional.scaled_dot_product_attention(
             query.double(), key.double(), value.double(), scale=0.2
         )
