@@ -6,8 +6,8 @@ Measures loading, prefill and decoding in the ChatGLM2-6B shape on the CPU, and 
 
 Weights are random. The systems take turns and generate greedily from the same number of tokens, with the same number of threads.
 The figures are medians over the rounds, and their ratios. Each round measures a plain read of memory too, which decoding can
-hardly be faster than, and the matrix multiplications alone. Unquantized weights have 6 of the 28 layers, as all would take up
-to 25 GB.
+hardly be faster than, and the matrix multiplications alone, of one and of four sequences. Unquantized weights have 6 of the 28
+layers, as all would take up to 25 GB.
 
 ik_llama.cpp is not on PyPI; build it with its default flags: `cmake -B build -DGGML_NATIVE=ON`, `cmake --build build`.
 """
@@ -36,10 +36,10 @@ def weight_bytes(model) -> int:
     return sum(p.nbytes for p in model.parameters() if p not in embedding)
 
 
-def product_seconds(model, tokens: int) -> float:
+def product_seconds(model, tokens: int, batch: int = 1) -> float:
     """Returns the median seconds of all linear layers of the model for one token, without the rest of the step."""
     layers = [module for module in model.modules() if hasattr(module, "in_features")]
-    inputs = [torch.randn(1, 1, layer.in_features, dtype=model.dtype) for layer in layers]
+    inputs = [torch.randn(batch, 1, layer.in_features, dtype=model.dtype) for layer in layers]
 
     @torch.no_grad()
     def multiply():
@@ -68,10 +68,11 @@ def compare(precision: str, args) -> dict:
         "stream": lambda: read_bandwidth(memory),
         "this": runs.pop("this"),
         "products": lambda: product_seconds(ours.model, args.tokens),
+        "products of four": lambda: product_seconds(ours.model, args.tokens, batch=4),
         **runs,
     }
     rounds = in_turn(runs, args.rounds)
-    stream, products = rounds.pop("stream"), rounds.pop("products")
+    stream, products, of_four = (rounds.pop(name) for name in ("stream", "products", "products of four"))
     read = weight_bytes(ours.model) / 1e9
     result = {
         "layers": layers,
@@ -84,6 +85,7 @@ def compare(precision: str, args) -> dict:
     }
     steps = [step for _, step in rounds["this"]]
     result["share_outside_products"] = statistics.median(1 - p / step for p, step in zip(products, steps))
+    result["four_rows"] = statistics.median(four / one for four, one in zip(of_four, products))
     for name, pairs in rounds.items():
         prefill, decode = (statistics.median(values) for values in zip(*pairs))
         result[name] = {"prefill_tokens_s": args.prompt / prefill, "decode_tokens_s": 1 / decode}

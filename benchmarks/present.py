@@ -51,18 +51,21 @@ def decode_text(figures: dict) -> str:
             f"{r['anonymous_gb']:.2f}",
             f"{r['share_of_stream']:.0%} of {r['stream_gb_s']:.0f} GB/s" if "stream_gb_s" in r else "",
             f"{r['share_outside_products']:.0%}",
+            f"{r['four_rows']:.2f}" if "four_rows" in r else "",
         ]
         for name, r in decode_rows(figures)
     ]
-    header = ["", "load, s", "weights, GB", "anonymous memory, GB", "memory bandwidth used", "time outside matmuls"]
+    header = ["", "load, s", "weights, GB", "anonymous memory, GB", "memory bandwidth used"]
+    header += ["time outside matmuls", "four sequences to one"]
     text = f"{speed}\n\n{table(header, rows)}\n\n"
     text += (
         "The 6B shape with random weights, run by `generate`. INT8 and INT4 store embedding and output layer in INT8, and are "
         "compared with Q8_0 and Q4_0 (output layer in Q6_K). `GlmForCausalLM` has the same weights and uses torch's matrix "
         "multiplication. Anonymous memory is the peak while loading and answering once: weights stay mapped from the file, "
         "unless they are cast. The bandwidth used in decoding is compared with that of a plain read of memory in the same "
-        "rounds; more than 100 % means that the memory was faster during decoding. The last column is the share of a decoding "
-        "step that is not spent in matrix multiplication; below zero, it is less than the noise."
+        "rounds; more than 100 % means that the memory was faster during decoding. Time outside matmuls is the "
+        "share of a decoding step that is not spent in matrix multiplication; below zero, it is less than the noise. The last "
+        "column is the time of the matrix multiplications of a step with four sequences, divided by that with one."
     )
     return text
 
@@ -408,7 +411,8 @@ def tokenizer_plot(figures: dict, plt):
 def quantization_quality_text(figures: dict) -> str:
     rows = [[name, f"{r['perplexity']:.2f}", f"{r['divergence']:.4f}"] for name, r in figures["results"].items()]
     text = (
-        "`checkpoints/tiny`, dequantized to float32, on held-out text. The divergence (KL) is measured from that:\n\n"
+        "`checkpoints/tiny`, dequantized to float32, on held-out text. The divergence (KL) is measured from that. The last rows "
+        "quantize nothing, but keep keys and values in half precision:\n\n"
     )
     return text + table(["", "perplexity", "divergence"], rows)
 

@@ -6,7 +6,8 @@ INT8 weights are dequantized to float32 first.
 
 Measured on the texts that were held out when it was trained; calibrated on others, that it was trained on. All linear
 layers are quantized, embedding and output layer are not. Activations are left as they are. Columns that are no multiple of a
-group's are filled up with zeros, rounded, and cut off again.
+group's are filled up with zeros, rounded, and cut off again. A KV cache in half precision, of the model that is not quantized,
+stands beside them.
 """
 
 import math
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import torch
 from torch.nn.functional import pad
-from transformers import AutoModel
+from transformers import AutoModel, DynamicCache
 
 from common.files import read_json
 from common.package import ROOT, TINY, module_of
@@ -37,20 +38,36 @@ def batches_of(path: Path, limit: int) -> list[dict[str, torch.Tensor]]:
     ]
 
 
+class RoundedCache(DynamicCache):
+    """A KV cache whose numbers are those of another dtype."""
+
+    def __init__(self, dtype: torch.dtype, **kwargs):
+        super().__init__(**kwargs)
+        self.dtype = dtype
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        rounded = (states.to(self.dtype).to(states.dtype) for states in (key_states, value_states))
+        return super().update(*rounded, *args, **kwargs)
+
+
 @torch.no_grad()
-def log_probabilities(model, batches: list[dict]) -> list[torch.Tensor]:
+def log_probabilities(model, batches: list[dict], cache_dtype: torch.dtype | None = None) -> list[torch.Tensor]:
     """Returns of each batch the log-probabilities, `[positions, vocabulary]`, wherever there is a token to predict."""
     result = []
     for batch in batches:
-        logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+        cache = RoundedCache(cache_dtype, config=model.config) if cache_dtype else None
+        inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
+        logits = model(**inputs, past_key_values=cache, use_cache=cache is not None).logits
         result.append(logits[:, :-1][batch["labels"][:, 1:] != -100].float().log_softmax(-1))
     return result
 
 
-def measure(model, batches: list[dict], reference: list[torch.Tensor]) -> dict[str, float]:
+def measure(
+    model, batches: list[dict], reference: list[torch.Tensor], cache_dtype: torch.dtype | None = None
+) -> dict[str, float]:
     """Returns the perplexity, and the mean KL divergence from `reference` in nats a token."""
     loss = divergence = tokens = 0
-    for batch, ours, theirs in zip(batches, log_probabilities(model, batches), reference):
+    for batch, ours, theirs in zip(batches, log_probabilities(model, batches, cache_dtype), reference):
         labels = batch["labels"][:, 1:]
         labels = labels[labels != -100]
         loss -= ours.gather(1, labels[:, None]).sum().item()
@@ -145,6 +162,9 @@ def main():
         loss_share = (row["loss"] - exact["loss"]) / (published["loss"] - exact["loss"])
         row["loss_share"], row["divergence_share"] = loss_share, row["divergence"] / published["divergence"]
         print(f"  {name}: {row}", file=sys.stderr, flush=True)
+    model = load()
+    for name, dtype in (("bfloat16", torch.bfloat16), ("float16", torch.float16)):
+        results[f"KV cache in {name}"] = measure(model, batches, reference, dtype)
     report({"results": results}, args.output)
 
 

@@ -17,6 +17,9 @@ from types import SimpleNamespace
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="chatglm2-modules-")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# What was given to `make test` is for it, and not for those that tests run, which would inherit it.
+for name in ("MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES", "ARGS", "MODEL", "PROMPT", "FOLDER", "OUTPUT"):
+    os.environ.pop(name, None)
 
 import hypothesis
 import pytest
