@@ -208,39 +208,67 @@ void dequantize(const Problem &p, T *y) {
   }
 }
 
-// ---- Few rows of activations times weights in half precision: y = x * weight^T, in float32.
+// ---- Few rows of activations times weights in half precision: y = x * weight^T. Sums are in float32.
+
+template <int type>
+struct Products {  // of float32
+  typedef float Activation;
+  static constexpr int64_t COLUMNS = WIDE;
+  static void convert(const uint16_t *x, int64_t n, float *to) { to_float32<type>(x, n, to); }
+  static INLINE Wide add(Wide sum, const float *x, const uint16_t *weight) {
+    Wide activations;
+    memcpy(&activations, x, sizeof(activations));
+    return sum + activations * widen<type>(weight);
+  }
+};
+
+#if defined(__AVX512BF16__) && !defined(CHATGLM_SCALAR)
+template <>
+struct Products<BFLOAT16> {  // of pairs
+  typedef uint16_t Activation;
+  static constexpr int64_t COLUMNS = 2 * WIDE;
+  static void convert(const uint16_t *x, int64_t n, uint16_t *to) { memcpy(to, x, n * sizeof(uint16_t)); }
+  static INLINE Wide add(Wide sum, const uint16_t *x, const uint16_t *weight) {
+    return (Wide)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_loadu_si512(weight), (__m512bh)_mm512_loadu_si512(x));
+  }
+};
+#endif
 
 // y[m * out + r] = product of R rows of the weight with M rows of activations. U sums of each hide the latency of adding.
-template <int type, int M, int R, int U>
-void half_tile(const float *x, const uint16_t *weight, float *y, int64_t out, int64_t in) {
+template <int type, int M, int R, int U, class P = Products<type>>
+void half_tile(const typename P::Activation *x, const uint16_t *weight, float *y, int64_t out, int64_t in) {
   Wide sum[R][M][U] = {};
   int64_t k = 0;
-  for (; k + U * WIDE <= in; k += U * WIDE)
+  for (; k + U * P::COLUMNS <= in; k += U * P::COLUMNS)
     each<U>([&](int u) INLINE {
-      Wide activations[M];
-      each<M>([&](int m) INLINE { memcpy(&activations[m], x + m * in + k + u * WIDE, sizeof(Wide)); });
       each<R>([&](int r) INLINE {
-        const uint16_t *at = weight + r * in + k + u * WIDE;
+        const uint16_t *at = weight + r * in + k + u * P::COLUMNS;
         __builtin_prefetch(at + (R == 1 ? 2048 : R * in));
-        const Wide w = widen<type>(at);
-        each<M>([&](int m) INLINE { sum[r][m][u] += activations[m] * w; });
+        each<M>([&](int m) INLINE { sum[r][m][u] = P::add(sum[r][m][u], x + m * in + k + u * P::COLUMNS, at); });
       });
     });
-  for (int r = 0; r < R; r++) {
-    float rest[U * WIDE];
-    to_float32<type>(weight + r * in + k, in - k, rest);
+  for (int r = 0; r < R; r++)
     for (int m = 0; m < M; m++) {
+      for (int64_t i = k; i < in; i += P::COLUMNS) {
+        const int64_t n = std::min(P::COLUMNS, in - i);
+        typename P::Activation last_x[P::COLUMNS] = {};
+        uint16_t last_weights[P::COLUMNS] = {};
+        memcpy(last_x, x + m * in + i, n * sizeof(*x));
+        memcpy(last_weights, weight + r * in + i, n * sizeof(uint16_t));
+        sum[r][m][0] = P::add(sum[r][m][0], last_x, last_weights);
+      }
       float total = 0;
       for (int u = 0; u < U; u++)
         for (int64_t i = 0; i < WIDE; i++) total += sum[r][m][u][i];
-      for (int64_t i = k; i < in; i++) total += x[m * in + i] * rest[i - k];
       y[m * out + r] = total;
     }
-  }
 }
 
 template <int type>
-void half_linear(const float *x, const uint16_t *weight, float *y, int64_t rows, int64_t out, int64_t in, int threads) {
+void half_linear(const uint16_t *halves, const uint16_t *weight, float *y, int64_t rows, int64_t out, int64_t in,
+                 int threads) {
+  Buffer<typename Products<type>::Activation> x(rows * in);
+  Products<type>::convert(halves, rows * in, x);
   const int64_t together = rows == 1 ? 1 : 2;  // rows of the weight
 #pragma omp parallel for schedule(guided, 64) num_threads(threads)
   for (int64_t n = 0; n < out; n += together) {
@@ -248,7 +276,7 @@ void half_linear(const float *x, const uint16_t *weight, float *y, int64_t rows,
     const bool is_pair = together == 2 && n + 1 < out;
     for (int64_t m = 0, done; m < rows; m += done) {
       done = is_pair && rows - m >= 4 ? 4 : is_pair && rows - m >= 2 ? 2 : 1;
-      const float *x_m = x + m * in;
+      const auto *x_m = x + m * in;
       float *y_m = y + m * out + n;
       if (done == 4) half_tile<type, 4, 2, 1>(x_m, at, y_m, out, in);
       if (done == 2) half_tile<type, 2, 2, 1>(x_m, at, y_m, out, in);
@@ -988,13 +1016,18 @@ extern "C" int chatglm_linear(const float *x, const int8_t *weight, const void *
   return 0;
 }
 
-// The weight is in float16 or bfloat16.
-extern "C" void chatglm_half_linear(const float *x, const uint16_t *weight, int type, float *y, int64_t rows, int64_t out,
-                                    int64_t in, int threads) {
-  if (type == FLOAT16)
-    half_linear<FLOAT16>(x, weight, y, rows, out, in, threads);
-  else
-    half_linear<BFLOAT16>(x, weight, y, rows, out, in, threads);
+// x and weight are both in float16, or both in bfloat16. Returns 1 if there is not enough memory.
+extern "C" int chatglm_half_linear(const uint16_t *x, const uint16_t *weight, int type, float *y, int64_t rows, int64_t out,
+                                   int64_t in, int threads) {
+  try {
+    if (type == FLOAT16)
+      half_linear<FLOAT16>(x, weight, y, rows, out, in, threads);
+    else
+      half_linear<BFLOAT16>(x, weight, y, rows, out, in, threads);
+  } catch (const std::bad_alloc &) {
+    return 1;
+  }
+  return 0;
 }
 
 // Whether chatglm_half_matmul multiplies.

@@ -202,7 +202,6 @@ def cpu_library() -> ctypes.CDLL | None:
         pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
         library.chatglm_linear.argtypes = [pointer] * 3 + [number, pointer] + [size] * 4 + [number] * 2
         library.chatglm_half_linear.argtypes = [pointer] * 2 + [number, pointer] + [size] * 3 + [number]
-        library.chatglm_half_linear.restype = None
         library.chatglm_half_matmul.argtypes = [pointer] * 2 + [number, pointer] + [size] * 3 + [number]
         library.chatglm_attention.argtypes = [pointer] * 3 + [number, pointer] + [size] * 6 + [ctypes.c_float, number]
         library.chatglm_rms_norm.argtypes = [pointer] * 3 + [size] * 2 + [ctypes.c_float, number]
@@ -280,14 +279,16 @@ def cpu_linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits:
 
 
 def cpu_half_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """`x @ weight.T` for a few rows of x, `[rows, in]`, and a weight in half precision, with products in float32."""
-    dtype, (rows, columns), out = x.dtype, x.shape, weight.shape[0]
-    x, weight, output = as_float32(x), weight.contiguous(), torch.empty(rows, out)
-    cpu_library().chatglm_half_linear(
+    """`x @ weight.T` for a few rows of x, `[rows, in]`, both in the same half precision, with sums in float32."""
+    (rows, columns), out = x.shape, weight.shape[0]
+    x, weight, output = x.contiguous(), weight.contiguous(), torch.empty(rows, out)
+    failed = cpu_library().chatglm_half_linear(
         x.data_ptr(), weight.data_ptr(), SCALE_TYPES[weight.dtype], output.data_ptr(), rows, out, columns,
         torch.get_num_threads(),
     )  # fmt: skip
-    return as_dtype(output, dtype)
+    if failed:
+        raise MemoryError(f"Not enough memory to multiply {rows} rows.")
+    return output.to(x.dtype)
 
 
 def has_half_matmul() -> bool:
