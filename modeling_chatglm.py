@@ -4,7 +4,7 @@ Module and parameter names are those of the published checkpoint. Hidden states 
 `chat` is in generation_chatglm.py.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch

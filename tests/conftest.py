@@ -17,9 +17,6 @@ from types import SimpleNamespace
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="chatglm2-modules-")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# What was given to `make test` is for it, and not for those that tests run, which would inherit it.
-for name in ("MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES", "ARGS", "MODEL", "PROMPT", "FOLDER", "OUTPUT"):
-    os.environ.pop(name, None)
 
 import hypothesis
 import pytest
@@ -41,6 +38,10 @@ from conversion.checkpoint import Checkpoint, write_weights
 for number, handler in ((signal.SIGINT, signal.default_int_handler), (getattr(signal, "SIGHUP", None), signal.SIG_DFL)):
     if number is not None and signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, handler)
+
+# What was given to `make test` is for it, and not for those that tests run, which would inherit it.
+for name in ("MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES", "ARGS", "MODEL", "PROMPT", "FOLDER", "OUTPUT"):
+    os.environ.pop(name, None)
 
 # Property tests look for new counterexamples at every run, except in continuous integration.
 hypothesis.settings.register_profile("ci", derandomize=True)
