@@ -50,14 +50,23 @@ class RoundedCache(DynamicCache):
         return super().update(*rounded, *args, **kwargs)
 
 
+def packed_mask(position_ids: torch.Tensor) -> torch.BoolTensor:
+    """The mask `[batch, 1, seq, seq]` of texts packed in rows, which the model makes itself only if there is no cache."""
+    text = (position_ids == 0).cumsum(1)
+    return (text[:, None, :, None] == text[:, None, None, :]).tril()
+
+
 @torch.no_grad()
 def log_probabilities(model, batches: list[dict], cache_dtype: torch.dtype | None = None) -> list[torch.Tensor]:
     """Returns of each batch the log-probabilities, `[positions, vocabulary]`, wherever there is a token to predict."""
     result = []
     for batch in batches:
-        cache = RoundedCache(cache_dtype, config=model.config) if cache_dtype else None
         inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
-        logits = model(**inputs, past_key_values=cache, use_cache=cache is not None).logits
+        if cache_dtype:
+            cache, mask = RoundedCache(cache_dtype, config=model.config), packed_mask(batch["position_ids"])
+            logits = model(**inputs, attention_mask=mask, past_key_values=cache, use_cache=True).logits
+        else:
+            logits = model(**inputs, use_cache=False).logits
         result.append(logits[:, :-1][batch["labels"][:, 1:] != -100].float().log_softmax(-1))
     return result
 
