@@ -409,7 +409,7 @@ def tokenizer_plot(figures: dict, plt):
 
 
 def quantization_quality_text(figures: dict) -> str:
-    rows = [[name, f"{r['perplexity']:.2f}", f"{r['divergence']:.4f}"] for name, r in figures["results"].items()]
+    rows = [[name, f"{r['perplexity']:.2f}", f"{r['divergence']:.2g}"] for name, r in figures["results"].items()]
     text = (
         "`checkpoints/tiny`, dequantized to float32, on held-out text. The divergence (KL) is measured from that. The last rows "
         "quantize nothing, but keep keys and values in half precision:\n\n"
