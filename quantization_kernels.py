@@ -54,11 +54,6 @@ def unpack_int4(packed: torch.Tensor) -> torch.Tensor:
     return torch.stack((packed >> 4, (packed << 4) >> 4), dim=-1).flatten(-2)
 
 
-@functools.cache
-def scale_shapes(out: int, columns: int) -> list[tuple[int, ...]]:
-    return [(out,), (out, 1), *((out, columns // size) for size in GROUP_SIZES if columns % size == 0)]
-
-
 def check_weight(weight: torch.Tensor, scale: torch.Tensor, bits: int):
     """Raises `ValueError` if `weight` and `scale` are not those of a quantized matrix; see `dequantize_weight`."""
     if weight.dtype != torch.int8 or weight.ndim != 2 or bits not in (4, 8):
@@ -66,7 +61,8 @@ def check_weight(weight: torch.Tensor, scale: torch.Tensor, bits: int):
             f"A weight of {bits} bits must be int8 with 2 dimensions, got {weight.dtype} {list(weight.shape)}."
         )
     out, columns = weight.shape[0], weight.shape[1] * 8 // bits
-    if scale.shape not in scale_shapes(out, columns) or not scale.is_floating_point():
+    shapes = [(out,), (out, 1), *((out, columns // size) for size in GROUP_SIZES if columns % size == 0)]
+    if tuple(scale.shape) not in shapes or not scale.is_floating_point():
         raise ValueError(
             f"Scales {list(scale.shape)} in {scale.dtype} do not fit a weight {[out, columns]}: it takes one for each row, or "
             f"for each {', '.join(map(str, GROUP_SIZES))} columns of it."
@@ -177,8 +173,12 @@ def cpu_path(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: i
     if weight.numel() < MEASURED_SIZE:
         return "compiled" if "compiled" in paths else "float32"
     groups = scale.numel() // len(scale)
-    scales = f"a scale for {x.shape[1] // groups} columns" if groups > 1 else "a scale for each row"
-    kind = (f"INT{bits}", scales, x.dtype, rows_kind(x))
+    kind = (
+        f"INT{bits}",
+        f"a scale for {x.shape[1] // groups} columns" if groups > 1 else "a scale for each row",
+        x.dtype,
+        rows_kind(x),
+    )
     return fastest_path(kind, paths, lambda: ((*pieces, bits) for pieces in samples(x, weight, scale)))
 
 
