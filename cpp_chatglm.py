@@ -93,6 +93,43 @@ void to_float32(const void *from, int64_t n, float *to) {
   }
 }
 
+// To the nearest, ties to even
+template <int type>
+inline INLINE Halves narrow(Wide numbers) {
+#if defined(__AVX512F__) && !defined(CHATGLM_SCALAR)
+  if (type == FLOAT16) return (Halves)_mm512_cvtps_ph((__m512)numbers, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__AVX2__) && defined(__F16C__) && !defined(CHATGLM_SCALAR)
+  if (type == FLOAT16) return (Halves)_mm256_cvtps_ph((__m256)numbers, _MM_FROUND_TO_NEAREST_INT);
+#endif
+  const WideBits bits = (WideBits)numbers, size = bits & 0x7fffffff, sign = (bits >> 16) & 0x8000;
+  WideBits result;
+  if (type == BFLOAT16) {
+    result = size > 0x7f800000 ? (bits >> 16) | 0x40 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // NaN stays NaN
+  } else {
+    const WideBits normal = (size - 0x38000000 + 0xfff + ((size >> 13) & 1)) >> 13;
+    const WideBits subnormal = (WideBits)((Wide)size + 0.5f) - 0x3f000000;  // the sum rounds where a subnormal number ends
+    const WideBits not_finite = size > 0x7f800000 ? 0x7e00 + WideBits{} : 0x7c00 + WideBits{};
+    result = sign | (size < 0x38800000 ? subnormal : size < 0x477ff000 ? normal : not_finite);
+  }
+  return __builtin_convertvector(result, Halves);
+}
+
+// The inverse of to_float32
+template <int type>
+void from_float32(const float *from, int64_t n, void *to) {
+  if (type == FLOAT32) {
+    memcpy(to, from, n * sizeof(float));
+    return;
+  }
+  uint16_t *halves = (uint16_t *)to;
+  for (int64_t i = 0; i < n; i += WIDE) {
+    Wide numbers = {};
+    memcpy(&numbers, from + i, std::min(WIDE, n - i) * sizeof(float));
+    const Halves narrowed = narrow<type>(numbers);
+    memcpy(halves + i, &narrowed, std::min(WIDE, n - i) * sizeof(uint16_t));
+  }
+}
+
 struct Problem {
   const float *x;        // [rows, in]
   const int8_t *weight;  // [out, in * bits / 8]
@@ -428,34 +465,100 @@ void attention(const Attention &a) {
   }
 }
 
-// ---- Between the matrix multiplications. All is in float32.
+// ---- Between the matrix multiplications. x and y are of any type; all is computed in float32.
+
+constexpr int64_t PIECE = 256;  // numbers of a row that are converted at a time, and stay in the cache
+
+template <int type> struct Number { typedef uint16_t T; };
+template <> struct Number<FLOAT32> { typedef float T; };
+template <int type> using Numbers = typename Number<type>::T;
 
 // y = x * weight / sqrt(mean of x^2 + eps)
-void rms_norm(const float *x, const float *weight, float *y, int64_t columns, float eps) {
-  float squares = 0;
+template <int type>
+void rms_norm(const Numbers<type> *x, const float *weight, Numbers<type> *y, int64_t columns, float eps) {
+  float piece[PIECE], squares = 0;
+  for (int64_t k = 0; k < columns; k += PIECE) {
+    const int64_t n = std::min(PIECE, columns - k);
+    to_float32<type>(x + k, n, piece);
 #pragma omp simd reduction(+ : squares)
-  for (int64_t k = 0; k < columns; k++) squares += x[k] * x[k];
+    for (int64_t i = 0; i < n; i++) squares += piece[i] * piece[i];
+  }
   const float factor = 1 / std::sqrt(squares / columns + eps);
+  for (int64_t k = 0; k < columns; k += PIECE) {
+    const int64_t n = std::min(PIECE, columns - k);
+    to_float32<type>(x + k, n, piece);
 #pragma omp simd
-  for (int64_t k = 0; k < columns; k++) y[k] = x[k] * factor * weight[k];
+    for (int64_t i = 0; i < n; i++) piece[i] = piece[i] * factor * weight[k + i];
+    from_float32<type>(piece, n, y + k);
+  }
 }
 
 // Rotates pairs of columns; `sin` is negated for the first of each.
-void rotate(const float *x, const float *cos, const float *sin, float *y, int64_t columns) {
-  for (int64_t k = 0; k < columns; k += 2) {
-    y[k] = x[k] * cos[k] + x[k + 1] * sin[k];
-    y[k + 1] = x[k + 1] * cos[k + 1] + x[k] * sin[k + 1];
+template <int type>
+void rotate(const Numbers<type> *x, const float *cos, const float *sin, Numbers<type> *y, int64_t columns) {
+  float piece[PIECE], rotated[PIECE];
+  for (int64_t k = 0; k < columns; k += PIECE) {
+    const int64_t n = std::min(PIECE, columns - k);
+    to_float32<type>(x + k, n, piece);
+    for (int64_t i = 0; i < n; i += 2) {
+      rotated[i] = piece[i] * cos[k + i] + piece[i + 1] * sin[k + i];
+      rotated[i + 1] = piece[i + 1] * cos[k + i + 1] + piece[i] * sin[k + i + 1];
+    }
+    from_float32<type>(rotated, n, y + k);
   }
 }
 
 // y = gate / (1 + e^-gate) * up
-inline INLINE void swiglu(const float *gate, const float *up, float *y, int64_t columns) {
-  Wide g = {}, u = {};
-  memcpy(&g, gate, columns * sizeof(float));
-  memcpy(&u, up, columns * sizeof(float));
-  const Wide e = exponential(g < 0 ? g : -g);
-  const Wide result = g * (g < 0 ? e : 1.0f + Wide{}) / (1.0f + e) * u;
-  memcpy(y, &result, columns * sizeof(float));
+template <int type>
+void swiglu(const Numbers<type> *gate, const Numbers<type> *up, Numbers<type> *y, int64_t columns) {
+  Wide g[PIECE / WIDE] = {}, u[PIECE / WIDE] = {};
+  for (int64_t k = 0; k < columns; k += PIECE) {
+    const int64_t n = std::min(PIECE, columns - k);
+    to_float32<type>(gate + k, n, (float *)g);
+    to_float32<type>(up + k, n, (float *)u);
+    for (int64_t i = 0; i < PIECE / WIDE; i++) {
+      const Wide e = exponential(g[i] < 0 ? g[i] : -g[i]);
+      u[i] *= g[i] * (g[i] < 0 ? e : 1.0f + Wide{}) / (1.0f + e);
+    }
+    from_float32<type>((const float *)u, n, y + k);
+  }
+}
+
+template <int type>
+void rms_norms(const void *x, const float *weight, void *y, int64_t rows, int64_t columns, float eps, int threads) {
+#pragma omp parallel for num_threads(threads) if (rows > 1)
+  for (int64_t i = 0; i < rows; i++)
+    rms_norm<type>((const Numbers<type> *)x + i * columns, weight, (Numbers<type> *)y + i * columns, columns, eps);
+}
+
+struct Rotation {
+  const void *x;           // [batch, heads, length, columns], with strides
+  const float *cos, *sin;  // [batch, length, columns]; with angle_stride 0, the same for the whole batch
+  void *y;                 // [batch, heads, length, columns]
+  int64_t batch, heads, length, columns, batch_stride, head_stride, stride, angle_stride;
+  int threads;
+};
+
+template <int type>
+void rotate_all(const Rotation &r) {
+#pragma omp parallel for collapse(2) num_threads(r.threads) if (r.length > 1)
+  for (int64_t b = 0; b < r.batch; b++)
+    for (int64_t h = 0; h < r.heads; h++)
+      for (int64_t i = 0; i < r.length; i++) {
+        const int64_t angles = b * r.angle_stride + i * r.columns;
+        rotate<type>((const Numbers<type> *)r.x + b * r.batch_stride + h * r.head_stride + i * r.stride, r.cos + angles,
+                     r.sin + angles, (Numbers<type> *)r.y + ((b * r.heads + h) * r.length + i) * r.columns, r.columns);
+      }
+}
+
+template <int type>
+void swiglus(const void *x, void *y, int64_t rows, int64_t columns, int threads) {
+  prefer_large_pages(y, rows * columns * sizeof(Numbers<type>));
+#pragma omp parallel for num_threads(threads) if (rows > 1)
+  for (int64_t i = 0; i < rows; i++) {
+    const Numbers<type> *gate = (const Numbers<type> *)x + 2 * i * columns;
+    swiglu<type>(gate, gate + columns, (Numbers<type> *)y + i * columns, columns);
+  }
 }
 
 // What the instruction set has to offer: vectors of `lanes` 32-bit numbers, and the product of bytes, four to a lane.
@@ -1071,38 +1174,28 @@ extern "C" int chatglm_attention(const float *query, const void *key, const void
   return 0;
 }
 
-extern "C" void chatglm_rms_norm(const float *x, const float *weight, float *y, int64_t rows, int64_t columns, float eps,
-                                 int threads) {
-#pragma omp parallel for num_threads(threads) if (rows > 1)
-  for (int64_t i = 0; i < rows; i++) rms_norm(x + i * columns, weight, y + i * columns, columns, eps);
+// x and y are of `type`, and the rest is in float32.
+extern "C" void chatglm_rms_norm(const void *x, int type, const float *weight, void *y, int64_t rows, int64_t columns,
+                                 float eps, int threads) {
+  if (type == FLOAT32) rms_norms<FLOAT32>(x, weight, y, rows, columns, eps, threads);
+  if (type == FLOAT16) rms_norms<FLOAT16>(x, weight, y, rows, columns, eps, threads);
+  if (type == BFLOAT16) rms_norms<BFLOAT16>(x, weight, y, rows, columns, eps, threads);
 }
 
-// y is [batch, heads, length, columns], and so is x, but for its strides. cos and sin are [batch, length, columns]; with
-// angle_stride 0, the same for the whole batch.
-extern "C" void chatglm_rotate(const float *x, const float *cos, const float *sin, float *y, int64_t batch, int64_t heads,
-                               int64_t length, int64_t columns, int64_t batch_stride, int64_t head_stride, int64_t stride,
-                               int64_t angle_stride, int threads) {
-#pragma omp parallel for collapse(2) num_threads(threads) if (length > 1)
-  for (int64_t b = 0; b < batch; b++)
-    for (int64_t h = 0; h < heads; h++)
-      for (int64_t i = 0; i < length; i++) {
-        const int64_t angles = b * angle_stride + i * columns;
-        rotate(x + b * batch_stride + h * head_stride + i * stride, cos + angles, sin + angles,
-               y + ((b * heads + h) * length + i) * columns, columns);
-      }
+extern "C" void chatglm_rotate(const void *x, int type, const float *cos, const float *sin, void *y, int64_t batch,
+                               int64_t heads, int64_t length, int64_t columns, int64_t batch_stride, int64_t head_stride,
+                               int64_t stride, int64_t angle_stride, int threads) {
+  const Rotation r = {x, cos, sin, y, batch, heads, length, columns, batch_stride, head_stride, stride, angle_stride, threads};
+  if (type == FLOAT32) rotate_all<FLOAT32>(r);
+  if (type == FLOAT16) rotate_all<FLOAT16>(r);
+  if (type == BFLOAT16) rotate_all<BFLOAT16>(r);
 }
 
 // x is [rows, 2 * columns], gate and up.
-extern "C" void chatglm_swiglu(const float *x, float *y, int64_t rows, int64_t columns, int threads) {
-  prefer_large_pages(y, rows * columns * sizeof(float));
-#pragma omp parallel for num_threads(threads) if (rows > 1)
-  for (int64_t i = 0; i < rows; i++) {
-    const float *gate = x + 2 * i * columns, *up = gate + columns;
-    float *to = y + i * columns;
-    int64_t k = 0;
-    for (; k + WIDE <= columns; k += WIDE) swiglu(gate + k, up + k, to + k, WIDE);
-    swiglu(gate + k, up + k, to + k, columns - k);
-  }
+extern "C" void chatglm_swiglu(const void *x, int type, void *y, int64_t rows, int64_t columns, int threads) {
+  if (type == FLOAT32) swiglus<FLOAT32>(x, y, rows, columns, threads);
+  if (type == FLOAT16) swiglus<FLOAT16>(x, y, rows, columns, threads);
+  if (type == BFLOAT16) swiglus<BFLOAT16>(x, y, rows, columns, threads);
 }
 
 extern "C" int chatglm_dequantize(const int8_t *weight, const void *scale, int scale_type, void *y, int y_type,

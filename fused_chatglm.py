@@ -9,11 +9,6 @@ from .quantization_cpu import SCALE_TYPES, cpu_library
 from .quantization_kernels import is_traced
 
 
-MOST_HALVES = (
-    32768  # numbers in half precision: to convert more to float32 and back takes longer than torch's operations
-)
-
-
 def fused_on_cpu(kernel: Callable) -> Callable:
     """
     A decorator for functions of tensors that take torch several operations, each of which reads and writes all numbers: without
@@ -36,7 +31,6 @@ def can_fuse(x: torch.Tensor, *args) -> bool:
         not torch.is_grad_enabled()
         and not is_traced(x)  # before its size, which a traced program would then depend on
         and all(tensor.device.type == "cpu" and tensor.dtype in SCALE_TYPES for tensor in tensors)
-        and (x.dtype == torch.float32 or x.numel() <= MOST_HALVES)
         and x.numel() > 0
         and cpu_library() is not None
     )

@@ -204,9 +204,9 @@ def cpu_library() -> ctypes.CDLL | None:
         library.chatglm_half_linear.argtypes = [pointer] * 2 + [number, pointer] + [size] * 3 + [number]
         library.chatglm_half_matmul.argtypes = [pointer] * 2 + [number, pointer] + [size] * 3 + [number]
         library.chatglm_attention.argtypes = [pointer] * 3 + [number, pointer] + [size] * 6 + [ctypes.c_float, number]
-        library.chatglm_rms_norm.argtypes = [pointer] * 3 + [size] * 2 + [ctypes.c_float, number]
-        library.chatglm_rotate.argtypes = [pointer] * 4 + [size] * 8 + [number]
-        library.chatglm_swiglu.argtypes = [pointer] * 2 + [size] * 2 + [number]
+        library.chatglm_rms_norm.argtypes = [pointer, number] + [pointer] * 2 + [size] * 2 + [ctypes.c_float, number]
+        library.chatglm_rotate.argtypes = [pointer, number] + [pointer] * 3 + [size] * 8 + [number]
+        library.chatglm_swiglu.argtypes = [pointer, number, pointer] + [size] * 2 + [number]
         for function in (library.chatglm_rms_norm, library.chatglm_rotate, library.chatglm_swiglu):
             function.restype = None
         library.chatglm_dequantize.argtypes = [pointer] * 2 + [number, pointer, number] + [size] * 3 + [number] * 2
@@ -331,12 +331,13 @@ def cpu_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, s
 
 def cpu_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """RMS normalization of x, `[..., columns]`, computed in float32."""
-    dtype, shape, columns = x.dtype, x.shape, x.shape[-1]
-    x, weight, output = as_float32(x), as_float32(weight), torch.empty(shape)
+    x, weight, columns = x.contiguous(), as_float32(weight), x.shape[-1]
+    output = torch.empty_like(x)
     cpu_library().chatglm_rms_norm(
-        x.data_ptr(), weight.data_ptr(), output.data_ptr(), x.numel() // columns, columns, eps, torch.get_num_threads()
-    )
-    return as_dtype(output, dtype)
+        x.data_ptr(), SCALE_TYPES[x.dtype], weight.data_ptr(), output.data_ptr(), x.numel() // columns, columns, eps,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return output
 
 
 def cpu_rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -344,25 +345,28 @@ def cpu_rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
     Rotary position embedding, computed in float32: x `[batch, heads, length, columns]`, cos and sin `[batch or 1, length,
     columns]`, the sine of the first column of each pair negated.
     """
-    dtype, x, cos, sin = x.dtype, as_dtype(x, torch.float32), as_float32(cos), as_float32(sin)
-    if x.stride(3) != 1:
-        x = x.contiguous()
-    output = torch.empty(x.shape)
+    x, cos, sin = x if x.stride(3) == 1 else x.contiguous(), as_float32(cos), as_float32(sin)
+    output = x.new_empty(x.shape)
     cpu_library().chatglm_rotate(
-        x.data_ptr(), cos.data_ptr(), sin.data_ptr(), output.data_ptr(), *x.shape, *x.stride()[:3],
+        x.data_ptr(), SCALE_TYPES[x.dtype], cos.data_ptr(), sin.data_ptr(), output.data_ptr(), *x.shape, *x.stride()[:3],
         cos.stride(0) if len(cos) > 1 else 0, torch.get_num_threads(),
     )  # fmt: skip
-    return as_dtype(output, dtype)
+    return output
 
 
 def cpu_swiglu(x: torch.Tensor) -> torch.Tensor:
     """`silu(gate) * up` for x `[..., 2 * columns]`, gate and up, computed in float32."""
-    dtype, columns = x.dtype, x.shape[-1] // 2
-    x, output = as_float32(x), torch.empty(*x.shape[:-1], columns)
+    x, columns = x.contiguous(), x.shape[-1] // 2
+    output = x.new_empty(*x.shape[:-1], columns)
     cpu_library().chatglm_swiglu(
-        x.data_ptr(), output.data_ptr(), x.numel() // x.shape[-1], columns, torch.get_num_threads()
+        x.data_ptr(),
+        SCALE_TYPES[x.dtype],
+        output.data_ptr(),
+        x.numel() // x.shape[-1],
+        columns,
+        torch.get_num_threads(),
     )
-    return as_dtype(output, dtype)
+    return output
 
 
 def cpu_dequantize(weight: torch.Tensor, scale: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor:

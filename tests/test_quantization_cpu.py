@@ -92,6 +92,18 @@ def test_each_build(kernels, build):
     torch.testing.assert_close(build.cpu_swiglu(x), torch.nn.functional.silu(x[:, :125]) * x[:, 125:])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_number_is_converted_and_rounded(build, dtype):
+    """Subnormal numbers, halves between two numbers, and those beyond the largest among them."""
+    numbers = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    numbers = numbers[numbers.isfinite()]
+    x = torch.stack((numbers, torch.zeros_like(numbers)), dim=1)[None, None]  # pairs, of which the second adds nothing
+    for factor in (1.0, 0.5, 1.37, 1 + 2**-9, 1 + 2**-12, 3e-5, 2.0):
+        cos = torch.full(x.shape[1:], factor)
+        y = build.cpu_rotate(x, cos, torch.zeros_like(cos))
+        assert torch.equal(y, (x.float() * factor).to(dtype)), factor
+
+
 def test_outputs_of_many_megabytes(kernels, cpu):
     """The system is asked for large pages there."""
     x, weight, scale, exact = random_case(kernels, 8, 40_000, 32, rows=70)
