@@ -982,8 +982,7 @@ struct ManyRowsHalf {
 
   // LANES numbers, of which n are written
   static void write(Floats numbers, int64_t n, uint16_t *to) {
-    const __m256i halves = type == FLOAT16 ? _mm512_cvtps_ph(numbers, _MM_FROUND_TO_NEAREST_INT)
-                                           : (__m256i)_mm512_cvtneps_pbh(numbers);
+    const Halves halves = narrow<type>((Wide)numbers);
     memcpy(to, &halves, std::min(n, LANES) * sizeof(uint16_t));
   }
 

@@ -260,10 +260,6 @@ def as_float32(x: torch.Tensor) -> torch.Tensor:
     return x if x.dtype == torch.float32 and x.is_contiguous() else x.float().contiguous()
 
 
-def as_dtype(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return x if x.dtype == dtype else x.to(dtype)
-
-
 def cpu_linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
     """`x @ weight.T` for x `[rows, in]` by the compiled library, with activations in INT8 and sums in float32."""
     dtype, (rows, columns), out = x.dtype, x.shape, weight.shape[0]
@@ -275,7 +271,7 @@ def cpu_linear(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits:
     )  # fmt: skip
     if failed:
         raise MemoryError(f"Not enough memory to multiply {rows} rows. Pass fewer at a time (prefill_chunk_size).")
-    return as_dtype(output, dtype)
+    return output.to(dtype)
 
 
 def cpu_half_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -326,7 +322,7 @@ def cpu_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, s
     )  # fmt: skip
     if failed:
         raise MemoryError(f"Not enough memory to attend to {length} tokens.")
-    return as_dtype(output, dtype)
+    return output.to(dtype)
 
 
 def cpu_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -359,13 +355,9 @@ def cpu_swiglu(x: torch.Tensor) -> torch.Tensor:
     x, columns = x.contiguous(), x.shape[-1] // 2
     output = x.new_empty(*x.shape[:-1], columns)
     cpu_library().chatglm_swiglu(
-        x.data_ptr(),
-        SCALE_TYPES[x.dtype],
-        output.data_ptr(),
-        x.numel() // x.shape[-1],
-        columns,
+        x.data_ptr(), SCALE_TYPES[x.dtype], output.data_ptr(), x.numel() // x.shape[-1], columns,
         torch.get_num_threads(),
-    )
+    )  # fmt: skip
     return output
 
 
