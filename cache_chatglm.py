@@ -21,36 +21,37 @@ class GrowingLayer(DynamicLayer):
         is_empty = not self.is_initialized or self.keys.numel() == 0
         if is_empty or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return super().update(key_states, value_states, *args, **kwargs)
+        length, new = self.keys.shape[2], key_states.shape[2]
+        keys, values = self.extended(new)
+        keys[:, :, length:] = key_states
+        values[:, :, length:] = value_states
+        self.keys, self.values = keys, values
+        return keys, values
+
+    def extended(self, new: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns keys and values with `new` positions after them, whose content is still to be written."""
         if self.buffers is None or not (
-            fits(self.keys, self.buffers[0], key_states) and fits(self.values, self.buffers[1], value_states)
+            fits(self.keys, self.buffers[0], new) and fits(self.values, self.buffers[1], new)
         ):
-            self.buffers = with_room(self.keys, key_states), with_room(self.values, value_states)
-        self.keys = append(self.keys, self.buffers[0], key_states)
-        self.values = append(self.values, self.buffers[1], value_states)
-        return self.keys, self.values
+            self.buffers = with_room(self.keys, new), with_room(self.values, new)
+        end = self.keys.shape[2] + new
+        return self.buffers[0][:, :, :end], self.buffers[1][:, :, :end]
 
 
-def fits(cached: torch.Tensor, buffer: torch.Tensor, new: torch.Tensor) -> bool:
-    """Whether `cached` is still the beginning of `buffer`, and there is room for `new` after it."""
+def fits(cached: torch.Tensor, buffer: torch.Tensor, new: int) -> bool:
+    """Whether `cached` is still the beginning of `buffer`, and there is room for `new` positions after it."""
     if buffer.is_inference() and not torch.is_inference_mode_enabled():
         return False  # torch does not allow writing to it
     is_beginning = cached.data_ptr() == buffer.data_ptr() and cached.stride() == buffer.stride()
-    return is_beginning and buffer.shape[0] == new.shape[0] and cached.shape[2] + new.shape[2] <= buffer.shape[2]
+    return is_beginning and buffer.shape[0] == cached.shape[0] and cached.shape[2] + new <= buffer.shape[2]
 
 
-def with_room(cached: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-    """Returns a buffer, `[batch, kv_heads, n, head_dim]`, that begins with `cached` and has room for `new` and some more."""
+def with_room(cached: torch.Tensor, new: int) -> torch.Tensor:
+    """Returns a buffer, `[batch, kv_heads, n, head_dim]`, that begins with `cached` and has room for `new` positions and more."""
     batch, kv_heads, length, head_dim = cached.shape
-    length = (length + new.shape[2]) * 5 // 4 + 64
-    buffer = cached.new_empty(batch, kv_heads, length, head_dim)
-    buffer[:, :, : cached.shape[2]] = cached
+    buffer = cached.new_empty(batch, kv_heads, (length + new) * 5 // 4 + 64, head_dim)
+    buffer[:, :, :length] = cached
     return buffer
-
-
-def append(cached: torch.Tensor, buffer: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-    start, end = cached.shape[2], cached.shape[2] + new.shape[2]
-    buffer[:, :, start:end] = new
-    return buffer[:, :, :end]
 
 
 def grow_in_place(cache: Cache | None) -> Cache | None:

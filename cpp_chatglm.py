@@ -1,4 +1,5 @@
-"""The C++ for CPUs: quantized and half-precision matrix multiplication, attention of one token, and what lies between them.
+"""The C++ for CPUs: quantized and half-precision matrix multiplication, attention of one token, what lies between them, and a
+layer made of these.
 
 Remote code is loaded from Python files alone, so the C++ stands here as text. How it is compiled and called is in
 quantization_cpu.py.
@@ -7,7 +8,7 @@ quantization_cpu.py.
 CPP_SOURCE = r"""
 // In this order: numbers and buffers; y = x * weight^T for weights in half precision; attention; norm, rotation and
 // activation; y = x * weight^T for weights in INT8 or INT4, with a scale for each row or each group of columns; many rows times
-// weights in half precision.
+// weights in half precision; layers for one token.
 //
 // For INT8 and INT4, activations are quantized to INT8 in blocks of 32 columns, so that an outlier spoils no more than its
 // block, and multiplied as integers: vpdpbusd or vpmaddubsw take unsigned weights and signed activations, so `offset` is
@@ -1103,6 +1104,102 @@ void linear(const Problem &p) {
 
 #endif
 
+// ---- A layer for one token of each of a few sequences, as modeling_chatglm.py has it: all results are rounded as there.
+
+struct Matrix {
+  const void *weight, *scale, *bias;  // the bias is of the layer's type
+  int64_t out, in, groups;
+  int bits, scale_type;  // 16 bits: a weight of the layer's type, without scales
+};
+
+struct Layer {
+  const void *input_norm, *attention_norm;
+  Matrix qkv, dense, gate_and_up, down;
+  void *key, *value;  // [rows, kv_heads, length, columns], with head_stride; those of the token are written, as the last ones
+  int64_t heads, kv_heads, columns, length, head_stride;  // heads: for each key-value head
+  float input_eps, attention_eps, scaling;
+};
+
+struct Token {
+  const void *cos, *sin;       // [rows or 1, columns]
+  void *y;                     // [rows, hidden]: the input, then the output
+  int64_t rows, angle_stride;  // angle_stride 0: the same angles for all rows
+  int threads;
+};
+
+// y += x
+template <int type>
+void add(Numbers<type> *y, const Numbers<type> *x, int64_t n) {
+  float a[PIECE], b[PIECE];
+  for (int64_t k = 0; k < n; k += PIECE) {
+    const int64_t size = std::min(PIECE, n - k);
+    to_float32<type>(y + k, size, a);
+    to_float32<type>(x + k, size, b);
+    for (int64_t i = 0; i < size; i++) a[i] += b[i];
+    from_float32<type>(a, size, y + k);
+  }
+}
+
+template <int type>
+void layer(const Layer &l, const Token &token) {
+  typedef Numbers<type> T;
+  const int64_t rows = token.rows, hidden = l.dense.out, queries = l.dense.in, width = l.down.in;
+  const int64_t heads = l.kv_heads * l.heads, widest = std::max({hidden, l.qkv.out, l.gate_and_up.out});
+  Buffer<T> inputs(rows * widest), outputs(rows * widest);
+  Buffer<float> wide_inputs(rows * widest), wide_outputs(rows * widest);
+  Buffer<float> norm_weight(hidden), angles(2 * rows * l.columns);
+  T *y = (T *)token.y;
+
+  const auto wide = [&](int64_t n) { return as_float32<type>(inputs, 1, n, n, wide_inputs); };
+  float *const products = type == FLOAT32 ? (float *)outputs.data : wide_outputs.data;
+  const auto multiply = [&](const Matrix &matrix) {
+    if (matrix.bits == 16) {
+      if constexpr (type != FLOAT32)
+        half_linear<type>(inputs, (const uint16_t *)matrix.weight, products, rows, matrix.out, matrix.in, token.threads);
+    } else {
+      const Problem p = {wide(rows * matrix.in), (const int8_t *)matrix.weight, matrix.scale, matrix.scale_type, products, rows,
+                         matrix.out, matrix.in, matrix.groups, matrix.bits, token.threads};
+      matrix.bits == 4 ? linear<4>(p) : linear<8>(p);
+    }
+    if (type != FLOAT32) from_float32<type>(products, rows * matrix.out, outputs);
+    for (int64_t m = 0; matrix.bias && m < rows; m++) add<type>(outputs + m * matrix.out, (const T *)matrix.bias, matrix.out);
+  };
+  const auto norm = [&](const void *of, float eps) {
+    to_float32<type>(of, hidden, norm_weight);
+    rms_norms<type>(y, norm_weight, inputs, rows, hidden, eps, token.threads);
+  };
+
+  norm(l.input_norm, l.input_eps);
+  multiply(l.qkv);
+  for (int64_t m = 0; m < rows; m++) {
+    float *cos = angles, *sin = cos + l.columns;
+    to_float32<type>((const T *)token.cos + m * token.angle_stride, l.columns, cos);
+    to_float32<type>((const T *)token.sin + m * token.angle_stride, l.columns, sin);
+    const T *from = outputs + m * l.qkv.out;
+    for (int64_t h = 0; h < heads; h++, from += l.columns)
+      rotate<type>(from, cos, sin, inputs + m * queries + h * l.columns, l.columns);
+    for (int64_t h = 0; h < l.kv_heads; h++, from += l.columns) {
+      const int64_t last = (m * l.kv_heads + h) * l.head_stride + (l.length - 1) * l.columns;
+      rotate<type>(from, cos, sin, (T *)l.key + last, l.columns);
+      memcpy((T *)l.value + last, from + l.kv_heads * l.columns, l.columns * sizeof(T));
+    }
+  }
+  attention<type>({wide(rows * queries), l.key, l.value, products, rows * l.kv_heads, l.heads, l.length, l.columns,
+                   l.head_stride, l.columns, l.scaling, token.threads});
+  from_float32<type>(products, rows * queries, inputs);
+  multiply(l.dense);
+  add<type>(y, outputs, rows * hidden);
+
+  norm(l.attention_norm, l.attention_eps);
+  multiply(l.gate_and_up);
+  for (int64_t m = 0; m < rows; m++) {
+    const T *gate = outputs + m * 2 * width;
+    swiglu<type>(gate, gate + width, inputs + m * width, width);
+  }
+  multiply(l.down);
+  add<type>(y, outputs, rows * hidden);
+}
+
 }  // namespace
 
 // Both return 0, or 1 if there is not enough memory. Groups are multiples of 32 columns; `in` is even for INT4.
@@ -1195,6 +1292,22 @@ extern "C" void chatglm_swiglu(const void *x, int type, void *y, int64_t rows, i
   if (type == FLOAT32) swiglus<FLOAT32>(x, y, rows, columns, threads);
   if (type == FLOAT16) swiglus<FLOAT16>(x, y, rows, columns, threads);
   if (type == BFLOAT16) swiglus<BFLOAT16>(x, y, rows, columns, threads);
+}
+
+// Returns 1 if there is not enough memory. `columns` is a multiple of 16, at most 256.
+extern "C" int chatglm_layers(const Layer *layers, int64_t n, const void *cos, const void *sin, void *y, int64_t rows,
+                              int64_t angle_stride, int type, int threads) {
+  const Token token = {cos, sin, y, rows, angle_stride, threads};
+  try {
+    for (int64_t i = 0; i < n; i++) {
+      if (type == FLOAT32) layer<FLOAT32>(layers[i], token);
+      if (type == FLOAT16) layer<FLOAT16>(layers[i], token);
+      if (type == BFLOAT16) layer<BFLOAT16>(layers[i], token);
+    }
+  } catch (const std::bad_alloc &) {
+    return 1;
+  }
+  return 0;
 }
 
 extern "C" int chatglm_dequantize(const int8_t *weight, const void *scale, int scale_type, void *y, int y_type,

@@ -32,7 +32,7 @@ class Linear(nn.Linear):
         if weight.dtype in (torch.float16, torch.bfloat16) and can_choose(input, weight):
             rows = input.reshape(-1, input.shape[-1])
             paths = half_paths(rows, weight)
-            path = fastest_path((weight.dtype, rows_kind(rows)), paths, lambda: samples(rows, weight))
+            path = fastest_path(kind_of_half(weight.dtype, len(rows)), paths, lambda: samples(rows, weight))
             if path != "torch":
                 output = paths[path](rows, weight).view(*input.shape[:-1], -1)
                 return output if self.bias is None else output + self.bias
@@ -60,6 +60,10 @@ def can_choose(x: torch.Tensor, weight: torch.Tensor) -> bool:
         and weight.numel() >= MEASURED_SIZE  # a smaller one takes little time in any way
         and not needs_gradients(x, weight)
     )
+
+
+def kind_of_half(dtype: torch.dtype, rows: int) -> tuple:
+    return dtype, rows_kind(rows)
 
 
 def by_chunks(x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -43,6 +43,7 @@ from .configuration_checks_chatglm import ConfigurationChecks  # noqa: F401
 from .cpp_chatglm import CPP_SOURCE  # noqa: F401
 from .fused_chatglm import fused_on_cpu
 from .generation_chatglm import ChatGLMGenerationMixin
+from .layers_chatglm import in_one_call
 from .linear_chatglm import choose_linear  # noqa: F401
 from .loading_chatglm import ChatGLMLoadingMixin
 from .prefix_chatglm import PrefixEncoder, uncover_prefix
@@ -340,13 +341,24 @@ class GLMTransformer(nn.Module):
         dtype = hidden_states.dtype
         if self.config.fp32_residual_connection:
             hidden_states = hidden_states.float()
+        hidden_states = self.run_layers(hidden_states, prefix, cache, **kwargs)
+        if self.final_layernorm is not None:
+            hidden_states = self.final_layernorm(hidden_states)
+        return hidden_states.to(dtype)
+
+    @in_one_call(GLMBlock, SelfAttention, MLP, RMSNorm)
+    def run_layers(
+        self,
+        hidden_states: torch.Tensor,
+        prefix: Sequence[tuple[torch.Tensor, torch.Tensor]] | None,
+        cache: Cache | None,
+        **kwargs,
+    ) -> torch.Tensor:
         kwargs[CACHE_NAME] = cache  # by which name gradient checkpointing takes it away
         for i, layer in enumerate(self.layers[: self.config.num_layers]):  # fewer in early-exit decoding
             # Positional, as reentrant gradient checkpointing needs it of tensors that gradients flow into.
             hidden_states = layer(hidden_states, *(prefix[i] if prefix is not None else ()), **kwargs)
-        if self.final_layernorm is not None:
-            hidden_states = self.final_layernorm(hidden_states)
-        return hidden_states.to(dtype)
+        return hidden_states
 
 
 class ChatGLMPreTrainedModel(ChatGLMLoadingMixin, PreTrainedModel):

@@ -209,6 +209,7 @@ def cpu_library() -> ctypes.CDLL | None:
         library.chatglm_swiglu.argtypes = [pointer, number, pointer] + [size] * 2 + [number]
         for function in (library.chatglm_rms_norm, library.chatglm_rotate, library.chatglm_swiglu):
             function.restype = None
+        library.chatglm_layers.argtypes = [pointer, size] + [pointer] * 3 + [size] * 2 + [number] * 2
         library.chatglm_dequantize.argtypes = [pointer] * 2 + [number, pointer, number] + [size] * 3 + [number] * 2
         return library
     # RuntimeError: no home; ValueError: CXX with an open quotation

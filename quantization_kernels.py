@@ -172,14 +172,14 @@ def cpu_path(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bits: i
         return forced
     if weight.numel() < MEASURED_SIZE:
         return "compiled" if "compiled" in paths else "float32"
-    groups = scale.numel() // len(scale)
-    kind = (
-        f"INT{bits}",
-        f"a scale for {x.shape[1] // groups} columns" if groups > 1 else "a scale for each row",
-        x.dtype,
-        rows_kind(x),
-    )
+    kind = kind_of_quantized(bits, x.shape[1], scale.numel() // len(scale), x.dtype, len(x))
     return fastest_path(kind, paths, lambda: ((*pieces, bits) for pieces in samples(x, weight, scale)))
+
+
+@functools.cache
+def kind_of_quantized(bits: int, columns: int, groups: int, dtype: torch.dtype, rows: int) -> tuple:
+    scales = f"a scale for {columns // groups} columns" if groups > 1 else "a scale for each row"
+    return f"INT{bits}", scales, dtype, rows_kind(rows)
 
 
 def forced_path(paths: Iterable[str]) -> str | None:
@@ -190,12 +190,12 @@ def forced_path(paths: Iterable[str]) -> str | None:
     return forced or None
 
 
-def measured_rows(x: torch.Tensor) -> int:
-    return next((rows for rows in MEASURED_ROWS if len(x) <= rows), MEASURED_ROWS[-1])
+def measured_rows(rows: int) -> int:
+    return next((measured for measured in MEASURED_ROWS if rows <= measured), MEASURED_ROWS[-1])
 
 
-def rows_kind(x: torch.Tensor) -> str:
-    return f"up to {measured_rows(x)} rows" if len(x) <= MEASURED_ROWS[-2] else "many rows"
+def rows_kind(rows: int) -> str:
+    return f"up to {measured_rows(rows)} rows" if rows <= MEASURED_ROWS[-2] else "many rows"
 
 
 def samples(x: torch.Tensor, *weights: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
@@ -204,7 +204,7 @@ def samples(x: torch.Tensor, *weights: torch.Tensor) -> Iterator[tuple[torch.Ten
     `CHUNK_ROWS` of the weights, each time other ones, as decoding reads them from memory rather than from the cache. Fewer rows
     that are left at the end are not among them: the path that gets them would seem to be the fastest.
     """
-    x = x[torch.arange(measured_rows(x)) % len(x)]
+    x = x[torch.arange(measured_rows(len(x))) % len(x)]
     while True:
         for start in range(0, max(1, len(weights[0]) - CHUNK_ROWS + 1), CHUNK_ROWS):
             pieces = [weight[start : start + CHUNK_ROWS] for weight in weights]

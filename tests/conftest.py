@@ -112,6 +112,7 @@ def chatglm():
                 "compat",
                 "fused",
                 "generation",
+                "layers",
                 "linear",
                 "loading",
                 "streaming",
@@ -133,7 +134,7 @@ def choosing(chatglm, tmp_path, monkeypatch):
     kernels, measured = chatglm.kernels, []
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("CHATGLM_CPU_PATH", raising=False)
-    for module in (kernels, chatglm.linear):
+    for module in (kernels, chatglm.layers, chatglm.linear):
         monkeypatch.setattr(module, "MEASURED_SIZE", 0)
     (tmp_path / "chatglm2").mkdir(mode=0o700)
     monkeypatch.setattr(kernels, "waits", dict)  # as if nothing else ran on the machine

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from quantization_cases import all_cases, float_bound, random_case, rounding_bound
+from transformers import DynamicCache
 
 
 IS_X86 = platform.machine() in ("x86_64", "AMD64")
@@ -90,6 +91,21 @@ def test_each_build(kernels, build):
         build.cpu_rms_norm(x, weight, 1e-5), torch.nn.functional.rms_norm(x, (250,), weight, 1e-5)
     )
     torch.testing.assert_close(build.cpu_swiglu(x), torch.nn.functional.silu(x[:, :125]) * x[:, 125:])
+
+
+@torch.no_grad()
+def test_layers_of_each_build(chatglm, build, small_model, monkeypatch):
+    """All layers in one call, as `test_layers.py` has it for this CPU."""
+    model, steps = small_model(attn_implementation="sdpa", kv_channels=16).quantize(4), []
+    decode, calls = chatglm.layers.decode, []
+    for decoder in (decode, lambda *args, **kwargs: None):
+        spy = lambda *args, decoder=decoder, **kwargs: (y := decoder(*args, **kwargs), calls.append(y is not None))[0]  # noqa: E731
+        monkeypatch.setattr(chatglm.layers, "decode", spy)
+        cache = DynamicCache(config=model.config)
+        model(torch.tensor([[5, 6, 7]]), cache=cache)
+        steps.append(model(torch.tensor([[8]]), cache=cache).logits)
+    assert calls == [False, True, False, False]
+    torch.testing.assert_close(*steps)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
