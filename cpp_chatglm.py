@@ -253,10 +253,12 @@ struct Products {  // of float32
   typedef float Activation;
   static constexpr int64_t COLUMNS = WIDE;
   static void convert(const uint16_t *x, int64_t n, float *to) { to_float32<type>(x, n, to); }
-  static INLINE Wide add(Wide sum, const float *x, const uint16_t *weight) {
+  typedef Wide Weights;
+  static INLINE Weights load(const uint16_t *weight) { return widen<type>(weight); }
+  static INLINE Wide add(Wide sum, const float *x, Weights weights) {
     Wide activations;
     memcpy(&activations, x, sizeof(activations));
-    return sum + activations * widen<type>(weight);
+    return sum + activations * weights;
   }
 };
 
@@ -266,8 +268,10 @@ struct Products<BFLOAT16> {  // of pairs
   typedef uint16_t Activation;
   static constexpr int64_t COLUMNS = 2 * WIDE;
   static void convert(const uint16_t *x, int64_t n, uint16_t *to) { memcpy(to, x, n * sizeof(uint16_t)); }
-  static INLINE Wide add(Wide sum, const uint16_t *x, const uint16_t *weight) {
-    return (Wide)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_loadu_si512(weight), (__m512bh)_mm512_loadu_si512(x));
+  typedef __m512bh Weights;
+  static INLINE Weights load(const uint16_t *weight) { return (__m512bh)_mm512_loadu_si512(weight); }
+  static INLINE Wide add(Wide sum, const uint16_t *x, Weights weights) {
+    return (Wide)_mm512_dpbf16_ps((__m512)sum, weights, (__m512bh)_mm512_loadu_si512(x));
   }
 };
 #endif
@@ -282,7 +286,8 @@ void half_tile(const typename P::Activation *x, const uint16_t *weight, float *y
       each<R>([&](int r) INLINE {
         const uint16_t *at = weight + r * in + k + u * P::COLUMNS;
         __builtin_prefetch(at + (R == 1 ? 2048 : R * in));
-        each<M>([&](int m) INLINE { sum[r][m][u] = P::add(sum[r][m][u], x + m * in + k + u * P::COLUMNS, at); });
+        const typename P::Weights weights = P::load(at);
+        each<M>([&](int m) INLINE { sum[r][m][u] = P::add(sum[r][m][u], x + m * in + k + u * P::COLUMNS, weights); });
       });
     });
   for (int r = 0; r < R; r++)
@@ -293,7 +298,7 @@ void half_tile(const typename P::Activation *x, const uint16_t *weight, float *y
         uint16_t last_weights[P::COLUMNS] = {};
         memcpy(last_x, x + m * in + i, n * sizeof(*x));
         memcpy(last_weights, weight + r * in + i, n * sizeof(uint16_t));
-        sum[r][m][0] = P::add(sum[r][m][0], last_x, last_weights);
+        sum[r][m][0] = P::add(sum[r][m][0], last_x, P::load(last_weights));
       }
       float total = 0;
       for (int u = 0; u < U; u++)
@@ -302,25 +307,35 @@ void half_tile(const typename P::Activation *x, const uint16_t *weight, float *y
     }
 }
 
+// R rows of the weight with all rows of activations, up to 4 at a time
+template <int type, int R>
+void half_tiles(const typename Products<type>::Activation *x, const uint16_t *weight, float *y, int64_t rows, int64_t out,
+                int64_t in) {
+  for (int64_t m = 0; m < rows; m += 4) {
+    const int64_t count = std::min<int64_t>(4, rows - m);
+    if (count == 4) half_tile<type, 4, R, 1>(x + m * in, weight, y + m * out, out, in);
+    if (count == 3) half_tile<type, 3, R, 1>(x + m * in, weight, y + m * out, out, in);
+    if (count == 2) half_tile<type, 2, R, 1>(x + m * in, weight, y + m * out, out, in);
+    if (count == 1) half_tile<type, 1, R, 1>(x + m * in, weight, y + m * out, out, in);
+  }
+}
+
 template <int type>
 void half_linear(const uint16_t *halves, const uint16_t *weight, float *y, int64_t rows, int64_t out, int64_t in,
                  int threads) {
   Buffer<typename Products<type>::Activation> x(rows * in);
   Products<type>::convert(halves, rows * in, x);
-  const int64_t together = rows == 1 ? 1 : 2;  // rows of the weight
+  constexpr int MOST = WIDE == 16 ? 4 : 2;  // rows of the weight whose sums stay in registers
+  const int64_t together = rows == 1 ? 1 : MOST;
 #pragma omp parallel for schedule(guided, 64) num_threads(threads)
   for (int64_t n = 0; n < out; n += together) {
     const uint16_t *at = weight + n * in;
-    const bool is_pair = together == 2 && n + 1 < out;
-    for (int64_t m = 0, done; m < rows; m += done) {
-      done = is_pair && rows - m >= 4 ? 4 : is_pair && rows - m >= 2 ? 2 : 1;
-      const auto *x_m = x + m * in;
-      float *y_m = y + m * out + n;
-      if (done == 4) half_tile<type, 4, 2, 1>(x_m, at, y_m, out, in);
-      if (done == 2) half_tile<type, 2, 2, 1>(x_m, at, y_m, out, in);
-      if (done == 1) half_tile<type, 1, 1, 4>(x_m, at, y_m, out, in);
-      if (done == 1 && is_pair) half_tile<type, 1, 1, 4>(x_m, at + in, y_m + 1, out, in);
-    }
+    if (rows == 1)
+      half_tile<type, 1, 1, 4>(x, at, y + n, out, in);
+    else if (n + MOST <= out)
+      half_tiles<type, MOST>(x, at, y + n, rows, out, in);
+    else
+      for (int64_t r = n; r < out; r++) half_tiles<type, 1>(x, weight + r * in, y + r, rows, out, in);
   }
 }
 
@@ -677,7 +692,7 @@ template <int bits>
 struct FewRowsLinear {
   static constexpr int64_t COLUMNS = VECTOR * 8 / bits;  // in a vector of weights
   static constexpr int64_t LANE_COLUMNS = COLUMNS / LANES;
-  static constexpr int X_ROWS = 4, WEIGHT_ROWS = 4;  // of the largest tile
+  static constexpr int64_t X_ROWS = 4, WEIGHT_ROWS = 4;  // of the largest tile
   static constexpr int64_t AHEAD = 4096;  // bytes, to prefetch
 
   static void arrange(const int8_t *q, const float *scale, int64_t columns, int64_t vectors, int64_t group_size, int8_t *to,
@@ -782,19 +797,20 @@ struct FewRowsLinear {
         quantize_row(p.x + m * p.in, p.in, natural, block_scale + m * blocks);
         arrange(natural, block_scale + m * blocks, p.in, vectors, p.group_size(), q + m * padded, correction + m * scales);
       }
-      const int64_t together = p.rows < X_ROWS ? 1 : WEIGHT_ROWS;
+      const int64_t together = p.rows < 3 ? 1 : WEIGHT_ROWS;
 #pragma omp for schedule(guided, 64)
       for (int64_t n = 0; n < p.out; n += together) {
         const int64_t count = std::min(together, p.out - n);
         for (int64_t r = 0; r < count; r++) p.read_scales(n + r, scale + r * scales);
         for (int64_t m = 0, done; m < p.rows; m += done) {
           const int64_t left = p.rows - m;
-          done = count == WEIGHT_ROWS && left >= X_ROWS ? X_ROWS : left >= 2 ? 2 : 1;
-          for (int64_t r = 0; r < count; r += done == X_ROWS ? count : 1) {
+          done = count == WEIGHT_ROWS ? std::min<int64_t>(left, X_ROWS) : left >= 2 ? 2 : 1;
+          for (int64_t r = 0; r < count; r += done >= 3 ? count : 1) {
             const int8_t *weight = p.weight + (n + r) * p.row_bytes();
             const Scales s = {scale + r * scales, scales, block_of_lane, group_of_lane};
             float *y = p.y + m * p.out + n + r;
-            if (done == X_ROWS) tile<X_ROWS, WEIGHT_ROWS, grouped>(p, weight, s, x + m, y);
+            if (done == 4) tile<4, WEIGHT_ROWS, grouped>(p, weight, s, x + m, y);
+            if (done == 3) tile<3, WEIGHT_ROWS, grouped>(p, weight, s, x + m, y);
             if (done == 2) tile<2, 1, grouped>(p, weight, s, x + m, y);
             if (done == 1) tile<1, 1, grouped>(p, weight, s, x + m, y);
           }
