@@ -23,20 +23,21 @@ from .systems import IkLlamaCpp, LlamaCpp, Ours, add_ik, gguf_file, is_installed
 
 # Sizes that attention does not depend on are small, for the step to be mostly attention.
 SMALL = dict(padded_vocab_size=1024, ffn_hidden_size=64)
+HIDDEN = 512  # of the models in torch, whose weights would take longer than attention to 2,048 positions
 
 
 def build(name: str, layers: int):
     if name == "GlmForCausalLM":
         config = GlmConfig(
-            vocab_size=1024, hidden_size=4096, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=32,
+            vocab_size=1024, hidden_size=HIDDEN, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=32,
             num_key_value_heads=2, head_dim=128, max_position_embeddings=32768, pad_token_id=0, eos_token_id=2,
         )  # fmt: skip
         return GlmForCausalLM(config).eval()
-    sizes = dict(num_layers=layers, seq_length=32768, **SMALL)
+    sizes = dict(num_layers=layers, seq_length=32768, hidden_size=HIDDEN, **SMALL)
     if name == "without multi-query attention":
         sizes["multi_query_attention"] = False
     config = AutoConfig.from_pretrained(ROOT, trust_remote_code=True, **sizes)
-    return AutoModel.from_config(config, trust_remote_code=True, dtype=torch.float32).eval()
+    return AutoModel.from_config(config, trust_remote_code=True, dtype=torch.float32).quantize(4).eval()
 
 
 class Torch:
