@@ -19,7 +19,7 @@ CHAT_OPTIONS ?= $(if $(filter checkpoints/tiny,$(MODEL)),--temperature 0.3)
 # The release that everything is developed on, and those that the essentials are tested on
 TRANSFORMERS ?= 5.24.0
 MATRIX ?= 5.9.0 5.17.0 5.19.0 5.23.0
-ESSENTIALS = $(wildcard $(patsubst %,tests/test_%.py,chat compat configuration golden loading long_context modeling parallel \
+ESSENTIALS = $(wildcard $(patsubst %,tests/test_%.py,chat compat configuration golden layers loading long_context modeling parallel \
 	quantization serve tokenization*))
 
 .PHONY: chat web serve test tested-release test-matrix test-newest test-others test-clients test-conversion test-vllm download upgrade hub-repo lint tiny bench clean
