@@ -172,7 +172,7 @@ def kind_of_one_token(heads: int, kv_heads: int, head_dim: int, dtype: torch.dty
     return f"attention of one token with {heads} heads of {head_dim} on {kv_heads}", dtype
 
 
-def can_attend_by_columns(head_dim: int) -> bool:
+def is_compiled_size(head_dim: int) -> bool:
     """Whether the compiled library can attend with heads of this size."""
     return head_dim % 16 == 0 and head_dim <= 256
 
@@ -194,7 +194,7 @@ def can_use_compiled(
         and attention_mask is None
         and dropout == 0
         and can_choose(query, key, value)
-        and can_attend_by_columns(head_dim)
+        and is_compiled_size(head_dim)
         and key.stride() == value.stride()
         and key.stride(3) == 1
         and (batch == 1 or key.stride(0) == kv_heads * key.stride(1))

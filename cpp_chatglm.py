@@ -678,7 +678,7 @@ inline INLINE void transpose(Ints (&v)[LANES]) {
 }
 
 // ---- Few rows: memory is the limit. The weight is read once, each thread's part as one long stream: several short ones
-// in turn are slower. With X_ROWS rows of activations the cache's bandwidth counts too, and a tile has several rows of both.
+// in turn are slower. With three rows of activations or more the cache's bandwidth counts too, and a tile has several rows of both.
 
 // A row of activations in the order in which unpacking leaves the weights. Each vector of INT4 holds 2 * VECTOR columns:
 // the even ones, then the odd ones. The lanes of a product sum neighbouring columns, which share a scale.

@@ -1,7 +1,8 @@
 """
 All layers for one token of each sequence, on CPUs: one call of the compiled library in place of a dozen for each layer.
 
-Each call takes Python 5 to 20 microseconds, and twice that while weights pass through the caches.
+Each call takes Python 5 to 20 microseconds, and twice that while weights pass through the caches. Measured on two cores of an
+AMD EPYC (Zen 5), in turn, 6B shape: with one call a step takes 0.91 of the time (INT4), 0.96 (half precision) or 0.99 (INT8).
 """
 
 import ctypes
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache
 
-from .attention_chatglm import LONG, can_attend_by_columns, kind_of_one_token
+from .attention_chatglm import LONG, is_compiled_size, kind_of_one_token
 from .cache_chatglm import GrowingLayer
 from .fused_chatglm import can_fuse
 from .linear_chatglm import STREAMED_ROWS, Linear, kind_of_half
@@ -73,7 +74,7 @@ def decode(
     cache: DynamicCache,
     attention_mask: torch.Tensor | None = None,
     position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-    position_ids: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,  # not used by layers, as the next
     use_cache: bool | None = None,
     **kwargs,
 ) -> torch.Tensor | None:
@@ -155,7 +156,7 @@ def extended_states(
     batch, cached_heads, length, head_dim = layer.keys.shape
     if (
         (batch, cached_heads, head_dim, layer.keys.dtype) != (len(x), kv_heads, columns, x.dtype)
-        or not can_attend_by_columns(columns)
+        or not is_compiled_size(columns)
         or not attention.multi_query_attention
         or attention.training
     ):
@@ -164,12 +165,7 @@ def extended_states(
     return layer.extended(1) if length + 1 < LONG or is_fastest(kind) else None
 
 
-def layer_arguments(
-    block: nn.Module,
-    x: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-) -> tuple | None:
+def layer_arguments(block: nn.Module, x: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> tuple | None:
     """Returns the fields of `LayerArguments`; None if the compiled library cannot compute the layer, or is not the fastest."""
     attention, mlp, norms = block.self_attention, block.mlp, (block.input_layernorm, block.post_attention_layernorm)
     linears = (attention.query_key_value, attention.dense, mlp.dense_h_to_4h, mlp.dense_4h_to_h)

@@ -309,7 +309,7 @@ def test_a_forced_way_to_multiply(build, calls, monkeypatch):
     assert not any(calls)
 
 
-def test_with_gradients_and_autocast(build, layers, calls):
+def test_with_gradients_and_autocast(build, calls):
     model = build(bits=4)
     logits(model)
     calls.clear()
@@ -322,7 +322,7 @@ def test_with_gradients_and_autocast(build, layers, calls):
     assert not any(calls)
 
 
-def test_hidden_states(build, layers, monkeypatch):
+def test_hidden_states(build):
     model = build(bits=4)
     logits(model)
     cache = DynamicCache(config=model.config)
@@ -350,7 +350,7 @@ def test_weights_that_change(build, layers, calls, monkeypatch):
 
 def test_not_enough_memory(build, layers, monkeypatch):
     """The cache is as it was before."""
-    model, cache = build(bits=4), None
+    model = build(bits=4)
     logits(model)
     cache, library = DynamicCache(config=model.config), layers.cpu_library()
     failing = type("Library", (), {"__getattr__": lambda self, name: getattr(library, name)})()
